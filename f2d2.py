@@ -1,0 +1,456 @@
+"""F2D2 in one file: samples *and* log-likelihoods of a flow-based model in 1-8 network evaluations.
+
+Method: Ai, He, Gu, Salakhutdinov, Kolter, Boffi, Simchowitz, "Joint Distillation for Fast Likelihood Evaluation and
+Sampling in Flow-based Models", ICLR 2026, arXiv 2512.02636. Read first, in this order:
+  Lipman et al., "Flow Matching for Generative Modeling"                        the velocity v and its ODE
+  Boffi, Albergo, Vanden-Eijnden, "Flow Map Matching" and "How to build a consistency model: Learning flow maps via
+    self-distillation"                                                          the flow map; the Lagrangian condition (LSD)
+  Frans et al., "One Step Diffusion via Shortcut Models"                        the semigroup condition
+  Geng et al., "Mean Flows for One-step Generative Modeling"                    the Eulerian condition
+  Grathwohl et al., "FFJORD"                                                    log p by Hutchinson's estimator
+
+Conventions (a silent clash of these is the most repeated bug of this family)
+  code                  shape      paper         meaning
+  x                     [B, ...]   x_t           state at time t; t = 0 is noise N(0, I), t = 1 is data; x_t = (1-t) x_0 + t x_1
+  t, s                  [B]        t, s          current time, target time, in [0, 1], in either order (s < t runs backwards)
+  u                     [B, ...]   u(x,t,s)      average velocity over [t, s]
+  D                     [B]        D(x,t,s)      average rate of change of log p along the trajectory, nats per unit time
+                                                 = minus the average divergence, so D(x,t,t) = -div v(x,t)
+  flow(x, t, s)         -> (u, D)                the joint flow map's average rates; D is None without a divergence head
+  flow.jump(x, z, t, s) -> (x_s, z_s)  Phi_Y     x_s = x + (s-t) u,  z_s = z + (s-t) D
+  v, velocity(x, t)     [B, ...]   v(x,t)        instantaneous velocity; the conditional one is x_1 - x_0
+  eps                   [B, ...]                 Hutchinson probe, E eps eps^T = I
+  log_p                 [B]                      nats per example (bits_per_dim converts)
+Arguments always come in the order (x, t, s). A `flow` may be any callable (x, t, s) -> (u, D). What is not in the paper is
+marked "ours, because ..." and can be switched off by the argument beside the mark.
+"""
+import math
+
+import torch
+from torch import nn
+from torch.func import jvp, vjp, vmap
+
+DELTA = 0.003  # ours, because 8-bit data are smooth only below the grey-level step: the shortest 1 - t that matters
+
+
+# ---------------------------------------------------------------------------------- inputs: shapes, units, errors
+def _wide(t, x):
+    """t [B] -> [B, 1, ...], to multiply x [B, ...]."""
+    return t.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _check(x, *times, upper=1.0):
+    """Raises ValueError unless x is floating point [B, ...] and every time is [B], of x's dtype and device, in [0, upper]."""
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}: pass floating point data (for 8-bit images, dequantize(x)).")
+    for t in times:
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"a time has shape {list(t.shape)}: pass one per example, shape {list(x.shape[:1])}.")
+        if t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(f"a time is {t.dtype} on {t.device} but x is {x.dtype} on {x.device}: use t.to(x).")
+        if t.device.type == "cpu" and type(t) is torch.Tensor and not torch.compiler.is_compiling():  # free only here
+            if not ((t >= 0) & (t <= upper)).all():
+                raise ValueError(f"times must lie in [0, {upper:g}], got {t.min().item():g} to {t.max().item():g}.")
+
+
+def _same_shape(a, b, what):
+    """A [B] beside a [B, 1] would broadcast to [B, B] and pull every D to the batch mean: raise instead."""
+    if a.shape != b.shape:
+        raise ValueError(f"{what} has shape {list(a.shape)}, expected {list(b.shape)}.")
+
+
+def normal_log_density(x):
+    """log N(x; 0, I) in nats, x [B, ...] -> [B]."""
+    return -0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+def dequantize(x_uint8, noise=None, generator=None):
+    """Bytes to reals, (x + U) / 128 - 1 with U uniform on [0, 1): shape kept, values in [-1, 1), floor((x+1) 128) inverts it.
+
+    Raises ValueError if x_uint8 is not uint8. `noise` in [0, 1) replaces U.
+    """
+    if x_uint8.dtype != torch.uint8:
+        raise ValueError(f"dequantize takes uint8 images with values 0..255, got {x_uint8.dtype}.")
+    if noise is None:
+        noise = torch.rand(x_uint8.shape, device=x_uint8.device, generator=generator)
+    noise = (noise * 65536).floor() / 65536  # 8 + 16 bits fit a float32 exactly: 255 + U never rounds up to 256
+    return (x_uint8 + noise) / 128 - 1
+
+
+def bits_per_dim(log_p, data_dim):
+    """log p (nats, of data in [-1, 1)) -> bits per dimension of the 256-level data: 7 - log_p / (d ln 2).
+
+    A grey level is 2/256 wide, so P(byte) ~ p(x) (1/128)^d and -log2 P / d = log2 128 - log_p / (d ln 2).
+    """
+    return 7 - log_p / (data_dim * math.log(2))
+
+
+# ---------------------------------------------------------------------------------- the joint flow map: u and D
+def time_features(t, s, log_time=True):
+    """(t, s) [B] -> [B, 10], bounded, smooth through s = t. The last two are ours, because most of an image's likelihood
+    lies at 1 - t between 1 and 0.004, which a network that sees t linearly cannot resolve (log_time=False drops them)."""
+    h = s - t
+    features = [t, h, *(f(k * math.pi * a) for k, a in ((1, t), (2, t), (1, h)) for f in (torch.sin, torch.cos))]
+    if log_time:
+        features += [((1 - a).abs() + DELTA).log() / 3 + 1 for a in (t, s)]  # abs: the mirrored likelihood asks for s > 1
+    return torch.stack(features, 1)
+
+
+def gaussian_rates(t, s, variances):
+    """Average rate of log p per dimension for data N(0, var I), each var in `variances` [K] -> [B, K]:
+    -1/2 [ln sigma^2(s) - ln sigma^2(t)] / (s-t), with sigma^2(t) = (1-t)^2 + t^2 var.
+
+    With z = (sigma_s^2 - sigma_t^2) / (sigma_s^2 + sigma_t^2) the bracket is 2 atanh(z), and z / (s-t) has no pole.
+    """
+    t, s = t[:, None], s[:, None]
+    var_t, var_s = (1 - t) ** 2 + t**2 * variances, (1 - s) ** 2 + s**2 * variances
+    slope = (variances * (t + s) - (2 - t - s)) / (var_t + var_s)  # z / (s-t)
+    z = (s - t) * slope
+    near = z.abs() < 0.05
+    series = 1 + z**2 / 3 + z**4 / 5 + z**6 / 7  # atanh(z) / z
+    exact = (var_s.log() - var_t.log()) / torch.where(near, 1.0, 2 * z)
+    return -slope * torch.where(near, series, exact)
+
+
+class JointFlowMap(nn.Module):
+    """Phi_Y(y,t,s) = y + (s-t) f(x,t,s), with y = (x, z) and f = (u, D): section "joint distillation" of the paper.
+
+    backbone(x, t, s) -> (u [B, ...], features [B, feature_dim]); the head maps features and times to D, per dimension:
+      D = d (head + sum_k w_k rate_k),   w = softmax(head)
+    The sum is ours, because it is the exact D of a Gaussian with that spectrum and leaves the head what depends on x
+    (baseline=False drops it); so is log time (log_time=False drops it from the head's inputs).
+    Raises ValueError for integer x, times of the wrong shape, dtype, device or range, and a backbone of the wrong shape.
+    """
+
+    def __init__(self, backbone, feature_dim, divergence_head=True, baseline=True, log_time=True):
+        super().__init__()
+        self.backbone, self.feature_dim, self.log_time, self.head = backbone, feature_dim, log_time, None
+        # a dozen standard deviations, from the noise inside a grey level to a few
+        self.register_buffer("variances", torch.logspace(math.log10(0.002), math.log10(4), 12) ** 2 if baseline else None)
+        if divergence_head:
+            inputs, outputs = feature_dim + 8 + 2 * log_time, 1 + 12 * baseline
+            self.head = nn.Sequential(nn.Linear(inputs, feature_dim), nn.SiLU(), nn.Linear(feature_dim, outputs))
+            nn.init.zeros_(self.head[-1].weight)
+            nn.init.zeros_(self.head[-1].bias)
+
+    def forward(self, x, t, s):
+        """x [B, ...], t and s [B] -> u [B, ...], D [B] in nats per unit time (None without the head)."""
+        _check(x, t)
+        _check(x, s, upper=2)  # 2 only for the paper's mirrored likelihood
+        u, features = self.backbone(x, t, s)
+        _same_shape(u, x, "the backbone's u")
+        if features.shape != (len(x), self.feature_dim):
+            raise ValueError(f"the backbone's features have shape {list(features.shape)}, expected {[len(x), self.feature_dim]}.")
+        if self.head is None:
+            return u, None
+        out = self.head(torch.cat([features, time_features(t, s, self.log_time)], 1))
+        rate = out[:, 0]
+        if self.variances is not None:
+            rate = rate + (out[:, 1:].softmax(1) * gaussian_rates(t, s, self.variances)).sum(1)
+        return u, x[0].numel() * rate
+
+    def jump(self, x, z, t, s):
+        """Phi_Y: x [B, ...] and z [B] (nats) at time t -> the pair at time s. z stays None without the head."""
+        _check(x, t, s)
+        u, D = self(x, t, s)
+        return x + _wide(s - t, x) * u, None if D is None else z + (s - t) * D
+
+    def velocity(self, x, t):
+        """The tangent condition read backwards: v(x,t) = u(x,t,t), [B, ...]."""
+        _check(x, t)
+        return self.backbone(x, t, t)[0]
+
+
+# ---------------------------------------------------------------------------------- divergence: exact or one probe
+def _dct(x):
+    """Orthonormal inverse DCT-II along every axis but the first. On a colour axis of three it is luma and two chromas."""
+    for axis in range(1, x.dim()):
+        n = x.shape[axis]
+        k = torch.arange(n, device=x.device, dtype=x.dtype)
+        basis = torch.cos(math.pi / n * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / n)  # [frequency, position]
+        basis = torch.where(k[:, None] == 0, math.sqrt(1 / n), basis)
+        x = (x.movedim(axis, -1) @ basis).movedim(-1, axis)
+    return x
+
+
+def divergence(velocity, x, t, probe="rademacher", generator=None):
+    """v(x,t) [B, ...] and div v = tr dv/dx [B], from any callable velocity(x, t).
+
+    probe = "exact": d forward-mode products; "rademacher": eps^T (dv/dx) eps with random signs (FFJORD); "dct": random signs
+    in a DCT basis, ours, because natural images are nearly diagonal there (11-30 times less variance); or eps itself, shaped
+    as x. Unbiased because E eps eps^T = I. Raises ValueError for another probe.
+    """
+    if isinstance(probe, str) and probe == "exact":
+        d = x[0].numel()
+        basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
+        tangent = lambda e: jvp(lambda x: velocity(x, t), (x,), (e,))
+        v, columns = vmap(tangent, out_dims=(None, 0), randomness="same")(basis)
+        return v, (columns * basis).transpose(0, 1).flatten(1).sum(1)
+    if isinstance(probe, str):
+        if probe not in ("rademacher", "dct"):
+            raise ValueError(f'unknown probe "{probe}": use "exact", "rademacher", "dct" or a tensor shaped as x.')
+        eps = torch.randint(0, 2, x.shape, device=x.device, generator=generator).to(x.dtype) * 2 - 1
+        probe = _dct(eps) if probe == "dct" else eps
+    _same_shape(probe, x, "the probe")
+    v, pull_back = vjp(lambda x: velocity(x, t), x)
+    return v, (pull_back(probe)[0] * probe).flatten(1).sum(1)
+
+
+# ---------------------------------------------------------------------------------- three conditions, one joint map each
+# If f obeys the tangent condition f(x,t,t) = (v, -div v) and any one of these identities, Phi_Y is the flow map of the
+# coupled ODEs dx/dt = v, dz/dt = -div v. Each function returns the prediction f and the stop-gradient target of it.
+# `velocity(x, t)` gives v and div v: a teacher's, or (None) the network's own u(x,t,t), stop-gradient.
+def _v_and_divergence(flow, velocity, x, t, probe, generator):
+    """v and div v, without a graph; div is None if probe is."""
+    velocity = velocity or getattr(flow, "velocity", lambda x, t: flow(x, t, t)[0])
+    with torch.no_grad():
+        return (velocity(x, t), None) if probe is None else divergence(velocity, x, t, probe, generator)
+
+
+def _without_none(flow):
+    """flow as a function with tensor outputs only, (u, D) or (u,): what jvp can differentiate."""
+    return lambda x, t, s: tuple(f for f in flow(x, t, s) if f is not None)
+
+
+def semigroup(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None):
+    """Two half jumps make the whole (Shortcut models). With r = (t+s)/2 and x_r = Phi_X(x,t,r):
+    u = 1/2 [u(x,t,r) + u(x_r,r,s)],  D = 1/2 [D(x,t,r) + D(x_r,r,s)].
+
+    x [B, ...], t and s [B] -> (u, D), (u_target, D_target), shaped [B, ...] and [B]; D None without the head. The velocity
+    enters through the tangent condition alone, so the arguments from `velocity` on are not used.
+    """
+    _check(x, t, s)
+    u, D = flow(x, t, s)
+    with torch.no_grad():
+        r = (t + s) / 2
+        u1, D1 = flow(x, t, r)
+        u2, D2 = flow(x + _wide(r - t, x) * u1, r, s)
+    return (u, D), ((u1 + u2) / 2, None if D is None else (D1 + D2) / 2)
+
+
+def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None):
+    """Moving the start along the trajectory leaves the end where it is (MeanFlow). With d/dt the derivative along (v, 1):
+    u = v + (s-t) d/dt u(x_t,t,s),  D = -div v(x_t,t) + (s-t) d/dt D(x_t,t,s).
+
+    Shapes as in semigroup. `v` [B, ...] replaces the velocity in the target of u: x_1 - x_0, which is unbiased there because
+    the identity is linear in v. As the tangent of d/dt its noise wrecks the D target: ours is u(x,t,t), which the divergence
+    pass computes anyway (own_tangent=False: x_1 - x_0, as in MeanFlow).
+    """
+    _check(x, t, s)
+    own, div = _v_and_divergence(flow, velocity, x, t, probe, generator)
+    v = own if v is None else v
+    with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():  # forked: both passes drop the same units
+        # no_grad and a second pass, instead of a graph through the jvp: the memory of a plain training step
+        tangent = own if own_tangent else v
+        _, (du, *dD) = jvp(lambda x, t: _without_none(flow)(x, t, s), (x, t), (tangent, torch.ones_like(t)))
+    u, D = flow(x, t, s)
+    return (u, D), (v + _wide(s - t, x) * du, None if D is None else -div + (s - t) * dD[0])
+
+
+def lagrangian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None):
+    """Moving the end follows the velocity there (LSD). With x_s = Phi_X(x,t,s), stop-gradient:
+    u = v(x_s,s) - (s-t) d/ds u(x,t,s),  D = -div v(x_s,s) - (s-t) d/ds D(x,t,s).
+
+    Shapes as in semigroup. As in the published LSD code the gradient runs through d/ds u (not through x_s, not through
+    d/ds D): on the checkerboard that measured better. `v` and `own_tangent` are not used: x_1 - x_0 is not known at x_s.
+    """
+    _check(x, t, s)
+    (u, *D), (du, *dD) = jvp(lambda s: _without_none(flow)(x, t, s), (s,), (torch.ones_like(s),))
+    x_s = x + _wide(s - t, x) * u.detach()
+    v, div = _v_and_divergence(flow, velocity, x_s, s, probe, generator)
+    u_target = v - _wide(s - t, x) * du
+    return (u, D[0] if D else None), (u_target, -div - (s - t) * dD[0].detach() if D else None)
+
+
+CONDITIONS = {"semigroup": semigroup, "eulerian": eulerian, "lagrangian": lagrangian}
+
+
+# ---------------------------------------------------------------------------------- L_F2D2 = L_VM + L_u + L_div + L_D
+def sample_times(x, direction="both", log_time=0.5, generator=None):
+    """t, s [len(x)] on x's device: uniform on the unit square; "forward" sorts them to t <= s, as in the paper.
+
+    Both directions are ours, because a likelihood runs from t = 1 to 0: a map trained for s < t is exact there, the mirrored
+    approximation is not. A share `log_time` of the pairs has 1 - t and 1 - s log-uniform in [0.001, 1], ours, see time_features.
+    """
+    if direction not in ("both", "forward"):
+        raise ValueError(f'unknown direction "{direction}": use "both" or "forward".')
+    r = torch.rand(3, len(x), device=x.device, dtype=x.dtype, generator=generator)
+    times = torch.where(r[2] < log_time, 1 - 0.001 ** r[:2], r[:2])
+    return times.sort(0).values if direction == "forward" else times
+
+
+def _term(prediction, target, weight, natural):
+    """One loss: its scalar and, for logs, the unweighted squared residuals [B] (means over dimensions)."""
+    _same_shape(target, prediction, "a target")
+    residual = (prediction - target).square().flatten(1).mean(1) if prediction.dim() > 1 else (prediction - target).square()
+    weights = {"none": 1.0, "natural": natural**2, "adaptive": (residual.detach() + 1e-3) ** -0.75}
+    if weight not in weights:
+        raise ValueError(f'unknown weight "{weight}": use {", ".join(weights)}.')
+    return (weights[weight] * residual).mean(), residual.detach()
+
+
+def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, generator=None, joint=True, diagonal=0.5,
+              direction="both", log_time=0.5, velocity_weight="none", divergence_weight="natural", probe="rademacher",
+              own_tangent=True, record=None):
+    """L_F2D2 = L_VM + L_u + L_div + L_D as {"vm", "u", "div", "D"}: scalars, whose sum is the objective.
+
+    L_VM = E |u(x,t,t) - v|^2         L_div = E |D(x,t,t) + div v|^2          the tangent condition, on a share `diagonal`
+    L_u  = E |u - u_target|^2         L_D   = E |D - D_target|^2              `condition`, on the rest of the batch
+    Means over dimensions; D is compared per dimension, D/d, so that one learning rate serves 2 and 12,288 dimensions.
+
+    x1 [B, ...] data; condition "semigroup", "eulerian", "lagrangian", or None for the tangent condition alone (flow matching);
+    teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). joint=False is the warm start, L_VM + L_u alone.
+    Without a divergence head (or joint) "div" and "D" are zero. x0, t, s may be given, else they are drawn.
+    velocity_weight: "none" | "adaptive"; divergence_weight: "none" | "adaptive" | "natural". `record`, a dict, receives what
+    logs need: per-example unweighted "vm", "u", "div", "D" and the times "t", "s". Raises ValueError for bad input.
+    """
+    if condition is not None and condition not in CONDITIONS:
+        raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
+    if t is None:
+        t, s = sample_times(x1, direction, log_time, generator)
+    _check(x1, t, s)
+    if x0 is None:
+        x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
+    x = _wide(1 - t, x1) * x0 + _wide(t, x1) * x1
+    v = None if teacher else x1 - x0
+    f = flow if joint else lambda x, t, s: (flow(x, t, s)[0], None)  # the warm start
+    n = len(x) if condition is None else max(1, round(diagonal * len(x)))
+    m = min(n, len(x) - 1)  # a batch of one serves both parts
+
+    # The tangent condition: u(x,t,t) = v, D(x,t,t) = -div v. (The project page has the other sign: D(x,t,t) = div u.)
+    f_tt = f(x[:n], t[:n], t[:n])
+    head = f_tt[1] is not None
+    probe = probe if head else None
+    own, div = _v_and_divergence(f, teacher, x[:n], t[:n], probe, generator) if teacher or head else (None, None)
+    parts = [("vm", "div", f_tt, (own if teacher else v[:n], -div if head else None), 1 - t[:n] + DELTA)]
+    if condition is not None:
+        prediction, target = CONDITIONS[condition](f, x[m:], t[m:], s[m:], teacher, None if teacher else v[m:], probe,
+                                                   own_tangent, generator)
+        tau = {"semigroup": None, "eulerian": t, "lagrangian": s}[condition]
+        parts.append(("u", "D", prediction, target, (s - t)[m:] if tau is None else 1 - tau[m:] + DELTA))
+
+    losses, raw, d = {k: x.new_zeros(()) for k in ("vm", "u", "div", "D")}, {"t": t, "s": s}, x[0].numel()
+    for name_u, name_D, (u, D), (u_target, D_target), natural in parts:
+        losses[name_u], raw[name_u] = _term(u, u_target, velocity_weight, natural)
+        if head:
+            losses[name_D], raw[name_D] = _term(D / d, D_target / d, divergence_weight, natural)
+    if record is not None:
+        record.update(raw)
+    return losses
+
+
+# ---------------------------------------------------------------------------------- sampling and likelihood, few steps
+def time_grid(steps, x, geometric=False):
+    """A number of steps -> rising times [steps + 1] from 0 to 1, uniform, or geometric in 1 - t + delta; a tensor of times
+    from 0 to 1, rising or falling, is taken as it is. On x's device. Raises ValueError for anything else."""
+    if isinstance(steps, torch.Tensor) and steps.dim():
+        times = steps.to(x).sort().values
+        if len(times) < 2 or times[0] != 0 or times[-1] != 1 or (times.diff() <= 0).any():
+            raise ValueError("a tensor of times must hold at least 0 and 1, all different and none outside [0, 1].")
+        return times
+    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1 or a tensor of times, got {steps}.")
+    times = torch.linspace(0, 1, int(steps) + 1, device=x.device, dtype=x.dtype)
+    return (1 - DELTA * ((1 + 1 / DELTA) ** (1 - times) - 1)).clamp(0, 1) if geometric else times
+
+
+def _travel(flow, x, times, mirror=False):
+    """The state after jumping along `times` and the log p gained: sum of (s-t) D [B], None without the head."""
+    gained = 0.0
+    for t, s in zip(times[:-1], times[1:]):
+        t, s = t.expand(len(x)), s.expand(len(x))
+        u, D = flow(x, t, 2 * t - s if mirror else s)
+        x = x + _wide(s - t, x) * u
+        gained = None if D is None else gained + (s - t) * D
+    return x, gained
+
+
+def sample(flow, x0, steps):
+    """x0 ~ N(0, I) [B, ...] -> x1 = Phi_X(x0, 0, 1) in `steps` jumps, and its own log-likelihood, for free:
+    log p_1(x1) = log N(x0; 0, I) + sum_k (t_{k+1} - t_k) D(x_k, t_k, t_{k+1}), nats [B]; None without the head.
+
+    `steps`: a number (uniform grid, as in the paper) or a tensor of times. NFE = steps.
+    """
+    _check(x0)
+    x1, gained = _travel(flow, x0, time_grid(steps, x0))
+    return x1, None if gained is None else normal_log_density(x0) + gained
+
+
+def log_likelihood(flow, x1, steps, mirror=False):
+    """log p_1(x1) = log N(x_0; 0, I) + sum_k (t_k - t_{k+1}) D(x_k, t_k, t_{k+1}) over 1 = t_0 > ... > t_K = 0, nats [B].
+
+    mirror=True is the paper's approximation for maps trained forward only, u(x,t,t-h) ~ u(x,t,t+h) and D likewise (target
+    time 2t - s): biased, and what it returns need not integrate to one. Raises ValueError without a divergence head.
+    """
+    _check(x1)
+    x0, gained = _travel(flow, x1, time_grid(steps, x1).flip(0), mirror)
+    if gained is None:
+        raise ValueError("this flow map has no divergence head: train one with divergence_head=True.")
+    return normal_log_density(x0) - gained
+
+
+def self_guidance(flow, x0, lr, iterations=1):
+    """Moves x0 [B, ...] to a likelier start: Adam on -log N(x0; 0, I) - D(x0, 0, 1), summed over the batch, D unscaled.
+
+    The paper takes one step; it publishes no lr. Raises ValueError without a divergence head.
+    """
+    _check(x0)
+    x0 = x0.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([x0], lr=lr)
+    zero = x0.new_zeros(len(x0))
+    for _ in range(iterations):
+        with torch.enable_grad():
+            D = flow(x0, zero, zero + 1)[1]
+            if D is None:
+                raise ValueError("this flow map has no divergence head: self-guidance needs one.")
+            x0.grad = torch.autograd.grad(-(normal_log_density(x0) + D).sum(), x0)[0]
+        optimizer.step()
+    return x0.detach()
+
+
+# ---------------------------------------------------------------------------------- the slow oracle: the coupled ODEs
+@torch.no_grad()
+def _integrate(velocity, x, times, euler, probe=None, generator=None):
+    """x after dx/dt = v along `times`, and the integral of div v [B] (0 without a probe). Midpoint rule or Euler."""
+    integral = 0.0
+    for t, s in zip(times[:-1], times[1:]):
+        h, y = s - t, x
+        if not euler:
+            y, t = x + h / 2 * velocity(x, t.expand(len(x))), t + h / 2
+        t = t.expand(len(x))
+        v, div = (velocity(y, t), 0.0) if probe is None else divergence(velocity, y, t, probe, generator)
+        x, integral = x + h * v, integral + h * div
+    return x, integral
+
+
+def ode_sample(velocity, x0, steps, euler=False):
+    """Solves dx/dt = v(x,t) from x0 [B, ...] at t = 0 to t = 1. Midpoint rule (2 NFE a step) on a grid geometric in 1 - t,
+    ours, because div v grows like 1/(1-t); euler=True on the uniform grid is the paper's."""
+    _check(x0)
+    return _integrate(velocity, x0, time_grid(steps, x0, geometric=not euler), euler)[0]
+
+
+def ode_log_likelihood(velocity, x1, steps, probe="exact", euler=False, generator=None):
+    """log p_1(x1) = log N(x_0; 0, I) - int_0^1 div v(x_t,t) dt along dx/dt = v, solved from t = 1 to t = 0, nats [B].
+
+    Rule and grid as in ode_sample; `probe` as in divergence, drawn afresh at each step.
+    """
+    _check(x1)
+    x0, integral = _integrate(velocity, x1, time_grid(steps, x1, geometric=not euler).flip(0), euler, probe, generator)
+    return normal_log_density(x0) + integral
+
+
+# ---------------------------------------------------------------------------------- backbones: nothing F2D2-specific
+class MLP(nn.Module):
+    """Backbone for vectors: x [B, data_dim], t and s [B] -> u [B, data_dim], features [B, width]."""
+
+    def __init__(self, data_dim=2, width=256, depth=4, log_time=True):
+        super().__init__()
+        self.log_time, self.feature_dim = log_time, width
+        sizes = [data_dim + 8 + 2 * log_time] + [width] * depth
+        self.body = nn.Sequential(*(m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.SiLU())))
+        self.out = nn.Linear(width, data_dim)
+
+    def forward(self, x, t, s):
+        features = self.body(torch.cat([x.flatten(1), time_features(t, s, self.log_time)], 1))
+        return self.out(features).reshape(x.shape), features
