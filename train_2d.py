@@ -132,3 +132,175 @@ def evaluate(target, flow, velocity, mirror=False, device="cpu", n_test=10000, n
         metrics["steps"][str(k)] = row | {"sample_kl": sample_kl(target, drawn), "euler_nll": -euler.mean().item()}
         pictures[str(k)] = (drawn, density)
     return metrics, pictures
+
+
+# ---------------------------------------------------------------------------------- figure and table
+def colours(density, top):
+    """Densities [n*n] on grid(n, ...) -> an RGB image, y upwards, the same scale for every panel: 0 dark, `top` bright."""
+    n = math.isqrt(len(density))
+    level = (density.cpu().numpy().reshape(n, n).T[::-1] / top).clip(0, 1)
+    anchors = np.array([[13, 8, 50], [84, 20, 110], [187, 55, 84], [249, 142, 9], [252, 255, 164]])
+    rgb = np.stack([np.interp(level, np.linspace(0, 1, 5), anchors[:, c]) for c in range(3)], 2)
+    return Image.fromarray(rgb.round().astype(np.uint8))
+
+
+def draw_figure(pictures, metrics, path, panel=200, margin=26, left=110):
+    top = 1.3 * pictures["truth"][1].exp().max().item()
+    image = Image.new("RGB", (left + len(pictures) * (panel + 4), 2 * (panel + 4) + 2 * margin), "white")
+    draw = ImageDraw.Draw(image)
+    for row, text in enumerate(("samples", "exp(log p)")):
+        draw.text((8, margin + (row + 0.5) * panel), text, fill="black", font_size=17, anchor="lm")
+    for column, (name, (samples, log_p)) in enumerate(pictures.items()):
+        x = left + column * (panel + 4)
+        title = name if not name.isdigit() else f"{name} step{'s' * (name != '1')}"
+        draw.text((x + panel / 2, margin / 2), title, fill="black", font_size=17, anchor="mm")
+        density = histogram(samples, 100, 5) / len(samples) * 100
+        for row, values in enumerate((density, log_p.exp())):
+            image.paste(colours(values, top).resize((panel, panel), Image.BOX), (x, margin + row * (panel + 4)))
+        mass = metrics["steps"].get(name, {}).get("mass")
+        if mass is not None:
+            draw.text((x + panel / 2, 2 * panel + margin * 1.5 + 6), f"mass {mass:.3f}", fill="black", font_size=15, anchor="mm")
+    image.save(path)
+
+
+def print_table(metrics):
+    text = lambda value, places=3: "-" if value is None else f"{value:.{places}f}"
+    o = metrics["oracle"]
+    print(f"\n{metrics['target']}, {metrics['method']}, seed {metrics['seed']}, {metrics['seconds']:.0f} s in all; log p in nats")
+    print(f"{'steps':>7}{'NLL':>9}{'|-oracle|':>11}{'|-truth|':>10}{'mass':>8}{'sample KL':>11}{'Euler NLL':>11}")
+    print(f"{'oracle':>7}{text(o['nll']):>9}{'':>11}{text(o['mae_truth']):>10}{'':>8}{text(o['sample_kl']):>11}")
+    for k, r in metrics["steps"].items():
+        print(f"{k:>7}{text(r['nll']):>9}{text(r['mae_oracle']):>11}{text(r['mae_truth']):>10}{text(r['mass']):>8}"
+              f"{text(r['sample_kl']):>11}{text(r['euler_nll'], 2):>11}")
+
+
+# ---------------------------------------------------------------------------------- training
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=CONDITION, default="lsd", help="flow is the teacher alone; default lsd")
+    parser.add_argument("--target", choices=TARGETS, default="checkerboard")
+    parser.add_argument("--no-divergence", action="store_true", help="the sampling-only baseline: no divergence head")
+    parser.add_argument("--no-teacher", action="store_true", help="from data alone: v = x_1 - x_0 and the network's own div v")
+    parser.add_argument("--paper", action="store_true", help="the paper's recipe: everything marked ours in f2d2.py is off")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=JOINT_STEPS, help="optimiser steps of the joint stage; the others scale with it")
+    parser.add_argument("--out", type=Path, help="default runs/2d/<target>-<method>-<seed>")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}.")
+    if args.method == "shortcut-distill" and args.no_teacher:
+        parser.error("shortcut-distill distils a teacher: drop --no-teacher, or use --method shortcut.")
+    try:
+        torch.zeros(1, device=args.device)
+    except Exception:
+        parser.error(f"no device {args.device} on this machine: use --device cpu.")
+    args.out = args.out or Path("runs/2d") / f"{args.target}-{args.method}-{args.seed}"
+    args.no_divergence |= args.method == "flow"
+    args.no_teacher |= args.method in ("flow", "shortcut")  # they have none
+    config = {k: getattr(args, k) for k in ("target", "method", "no_divergence", "no_teacher", "paper", "seed", "steps")}
+    return parser, args, config
+
+
+def load_checkpoint(parser, args, config):
+    """The run in --out if it is this one, None if there is none; anything else there is refused and left alone."""
+    path = args.out / "checkpoint.pt"
+    if not path.exists():
+        if (args.out / "metrics.json").exists() or args.out.is_file():
+            parser.error(f"{args.out} holds something else and no checkpoint of this script: choose another --out.")
+        return None
+    try:
+        state = torch.load(path, map_location=args.device, weights_only=True)
+        found = dict(state["config"])
+    except Exception as error:
+        parser.error(f"{path} is no checkpoint of this script ({type(error).__name__}): move it away or choose another --out.")
+    if found != config:
+        parser.error(f"{args.out} holds another experiment, {found}, and you asked for {config}: choose another --out.")
+    return state
+
+
+def stages(args, config):
+    """[(name, network, steps, loss arguments)]: the teacher, the warm start of the velocity part, all four losses."""
+    condition = CONDITION[args.method]
+    ours = dict(probe="exact")
+    if args.method == "meanflow":
+        ours.update(velocity_weight="adaptive", divergence_weight="adaptive")
+    if args.paper:
+        ours = dict(log_time=0.0, divergence_weight="none", probe="rademacher", own_tangent=False)
+        ours["velocity_weight"] = "adaptive" if args.method == "meanflow" else "none"
+        ours["direction"] = "both" if args.method == "lsd" else "forward"
+    plan = [("teacher", TEACHER_STEPS, None, {})] if not args.no_teacher or condition is None else []
+    if condition:
+        plan += [("warm start", WARM_STEPS, condition, ours | {"joint": False}), ("joint", JOINT_STEPS, condition, ours)]
+    return [(name, max(1, round(steps * args.steps / JOINT_STEPS)), c, kw) for name, steps, c, kw in plan]
+
+
+def train(args, plan, teacher, flow, target, generator, state, save):
+    """Runs what is left of the plan, saving 50 times a stage; each stage ends with the average (EMA) of its weights."""
+    for stage, (name, steps, condition, kw) in list(enumerate(plan))[state["stage"]:]:
+        net = teacher if name == "teacher" else flow
+        if state["step"] == 0 and name == "warm start" and not args.no_teacher:
+            flow.backbone.load_state_dict(teacher.backbone.state_dict())
+        optimizer = torch.optim.Adam(net.parameters(), lr=LR)
+        ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        if state["step"]:
+            optimizer.load_state_dict(state["optimizer"]), ema.load_state_dict(state["ema"])
+        velocity = None if args.no_teacher or net is teacher else teacher.velocity
+        start, first = time.time(), state["step"]
+        for step in range(first, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = LR * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            record = {}
+            losses = f2d2_loss(net, target.sample(BATCH, generator, args.device), condition, velocity,
+                               generator=generator, record=record, **kw)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            ema.update_parameters(net)
+            if (step + 1) % max(1, steps // 50) == 0 and step + 1 < steps:
+                terms = " ".join(f"{k} {record[k].mean():.4f}" for k in losses if k in record)
+                left = (time.time() - start) / (step + 1 - first) * (steps - step - 1)
+                print(f"{name} {step + 1}/{steps}: {terms} | grad {norm:.2f} | {time.time() - start:.0f} s, {left:.0f} s left")
+                save(stage=stage, step=step + 1, optimizer=optimizer.state_dict(), ema=ema.state_dict())
+        net.load_state_dict(ema.module.state_dict())
+        state["step"] = 0
+        save(stage=stage + 1, step=0, optimizer=None, ema=None)
+
+
+def main(argv=None):
+    parser, args, config = parse(argv)
+    state = load_checkpoint(parser, args, config)
+    path, begin, spent = args.out / "checkpoint.pt", time.time(), state["seconds"] if state else 0.0
+    torch.manual_seed(args.seed)
+    target, generator = TARGETS[args.target](), torch.Generator(args.device).manual_seed(args.seed)
+    build = lambda head: JointFlowMap(MLP(2, WIDTH, DEPTH, not args.paper), WIDTH, head, not args.paper, not args.paper).to(args.device)
+    teacher, flow = build(False), build(not args.no_divergence)
+    plan = stages(args, config)
+    if state:
+        teacher.load_state_dict(state["teacher"]), flow.load_state_dict(state["flow"]), generator.set_state(state["generator"].cpu())
+    teacher.requires_grad_(True)
+    print(f"{args.out}: {sum(p.numel() for p in flow.parameters()):,} parameters, {BATCH:,} samples per step, "
+          f"{' + '.join(f'{steps} {name}' for name, steps, *_ in plan)} steps; NFE per log p: {', '.join(map(str, STEP_COUNTS))} "
+          f"(oracle: {2 * ORACLE_STEPS}, half of them with an exact divergence)")
+
+    def save(**progress):
+        args.out.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(config=config, seconds=spent + time.time() - begin, teacher=teacher.state_dict(), flow=flow.state_dict(),
+                        generator=generator.get_state(), **progress), path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    train(args, plan, teacher, flow, target, generator, state or {"stage": 0, "step": 0}, save)
+    metrics_path = args.out / "metrics.json"
+    if not metrics_path.exists():
+        velocity = flow.velocity if args.no_teacher else teacher.velocity
+        metrics, pictures = evaluate(target, flow, velocity, args.paper and args.method != "lsd", args.device)
+        head = {k: config[k] for k in ("target", "method", "seed")} | {"divergence_head": flow.head is not None}
+        metrics = head | {"seconds": spent + time.time() - begin} | metrics
+        draw_figure(pictures, metrics, args.out / "figure.png")
+        metrics_path.write_text(json.dumps(metrics, indent=1))
+    print_table(json.loads(metrics_path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
