@@ -89,11 +89,12 @@ def bits_per_dim(log_p, data_dim):
 def time_features(t, s, log_time=True):
     """(t, s) [B] -> [B, 10], bounded, smooth through s = t. The last two are ours, because most of an image's likelihood
     lies at 1 - t between 1 and 0.004, which a network that sees t linearly cannot resolve (log_time=False drops them)."""
-    h = s - t
-    features = [t, h, *(f(k * math.pi * a) for k, a in ((1, t), (2, t), (1, h)) for f in (torch.sin, torch.cos))]
-    if log_time:
-        features += [((1 - a).abs() + DELTA).log() / 3 + 1 for a in (t, s)]  # abs: the mirrored likelihood asks for s > 1
-    return torch.stack(features, 1)
+    t_h = torch.stack([t, s - t], 1)
+    angles = t_h @ (math.pi * torch.tensor([[1, 2, 0], [0, 0, 1]], dtype=t.dtype)).to(t.device)  # pi t, 2 pi t, pi (s-t)
+    features = [t_h, angles.sin(), angles.cos()]
+    if log_time:  # abs: the mirrored likelihood asks for s > 1
+        features.append(((1 - torch.stack([t, s], 1)).abs() + DELTA).log() / 3 + 1)
+    return torch.cat(features, 1)
 
 
 def gaussian_rates(t, s, variances):
@@ -303,6 +304,7 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
     """
     if condition is not None and condition not in CONDITIONS:
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
+    _check(x1)
     if t is None:
         t, s = sample_times(x1, direction, log_time, generator)
     _check(x1, t, s)
@@ -338,7 +340,7 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
 
 # ---------------------------------------------------------------------------------- sampling and likelihood, few steps
 def time_grid(steps, x, geometric=False):
-    """A number of steps -> rising times [steps + 1] from 0 to 1, uniform, or geometric in 1 - t + delta; a tensor of times
+    """A number of steps -> rising times [steps + 1] from 0 to 1, uniform, or geometric in 1 - t + 0.01; a tensor of times
     from 0 to 1, rising or falling, is taken as it is. On x's device. Raises ValueError for anything else."""
     if isinstance(steps, torch.Tensor) and steps.dim():
         times = steps.to(x).sort().values
@@ -348,7 +350,7 @@ def time_grid(steps, x, geometric=False):
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1 or a tensor of times, got {steps}.")
     times = torch.linspace(0, 1, int(steps) + 1, device=x.device, dtype=x.dtype)
-    return (1 - DELTA * ((1 + 1 / DELTA) ** (1 - times) - 1)).clamp(0, 1) if geometric else times
+    return (1 - 0.01 * (101 ** (1 - times) - 1)).clamp(0, 1) if geometric else times
 
 
 def _travel(flow, x, times, mirror=False):

@@ -90,7 +90,7 @@ def test_gaussian_baseline_is_the_exact_rate_of_a_gaussian(dtype):
         expected = ExactGaussian(std=sigma)(torch.zeros(len(t), 1).double(), t.double(), s.double())[1]
         torch.testing.assert_close(rates[:, k].double(), expected, rtol=1e-7 if dtype is torch.float64 else 2e-3, atol=1e-4)
     here = f2d2.gaussian_rates(t, t, std**2)  # smooth through s = t, where it is -sigma'/sigma
-    torch.testing.assert_close(here, (1 - t - t * std[:, None] ** 2).T / ((1 - t) ** 2 + (t * std[:, None]) ** 2).T)
+    torch.testing.assert_close(here, (1 - t - t * std[:, None] ** 2).T / ((1 - t) ** 2 + (t * std[:, None]) ** 2).T, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------- the oracle
@@ -99,32 +99,38 @@ def test_oracle_matches_the_closed_form_of_a_mixture():
     x = target.sample(64, torch.Generator().manual_seed(1), "cpu").double()
     log_p = ode_log_likelihood(target.velocity, x, 400)
     torch.testing.assert_close(log_p, target.log_prob(x), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("euler", [False, True])
+def test_oracle_samples(euler):
     x0 = torch.randn(64, 2, dtype=torch.float64)
-    back = f2d2.ode_sample(target.velocity, x0, 400)
-    gained = target.log_prob(back) - f2d2.normal_log_density(x0)
-    assert gained.mean() > 0.0 and (back - target.centres(back)[None, :, :].transpose(0, 1)).norm(dim=2).min(0).values.max() < 2
+    x1 = ode_sample(ExactGaussian(mean=0.7, std=0.5).velocity, x0, 400, euler=euler)
+    torch.testing.assert_close(x1, 0.7 + 0.5 * x0, atol=1e-2 if euler else 1e-4, rtol=0)
 
 
-def oracle_error(steps, **kw):
+def oracle_error(steps, std=0.3, **kw):
     target = Gaussians()
+    target.std = std
     x = target.sample(64, torch.Generator().manual_seed(1), "cpu").double()
     return (ode_log_likelihood(target.velocity, x, steps, **kw) - target.log_prob(x)).abs().mean().item()
 
 
 def test_oracle_converges_at_second_and_first_order():
     assert math.log2(oracle_error(64) / oracle_error(128)) == pytest.approx(2, abs=0.25)
+    assert oracle_error(128) < 2e-3
     assert math.log2(oracle_error(512, euler=True) / oracle_error(1024, euler=True)) == pytest.approx(1, abs=0.25)
 
 
 def test_64_midpoint_steps_on_the_geometric_grid_beat_1024_uniform_euler_steps():
-    assert oracle_error(64) < oracle_error(1024, euler=True)
+    """Where it matters: on a mixture with fine structure. (At std 0.3 the Euler grid is fine enough: 0.003 against 0.005.)"""
+    assert oracle_error(64, std=0.03) < 0.5 * oracle_error(1024, std=0.03, euler=True)
 
 
 def test_time_grids():
     x = torch.zeros(1, 1, dtype=torch.float64)
     grid = f2d2.time_grid(32, x, geometric=True)
     assert grid[0] == 0 and grid[-1] == 1
-    gaps = (1 - grid + f2d2.DELTA).log().diff()
+    gaps = (1 - grid + 0.01).log().diff()
     torch.testing.assert_close(gaps, gaps.mean().expand(32))
     torch.testing.assert_close(f2d2.time_grid(4, x), torch.linspace(0, 1, 5).double())
 
@@ -239,13 +245,15 @@ def test_targets_carry_no_gradient_except_through_d_ds_u(condition):
     assert u.requires_grad == (condition == "lagrangian")
 
 
-def test_lagrangian_gradient_stops_at_the_end_point():
-    """With the derivative of u switched off (u constant in s), nothing of the target is left to differentiate."""
-    a = torch.ones((), dtype=torch.float64, requires_grad=True)
-    flow = lambda x, t, s: (a * x + 0 * wide(s, x), a * x.sum(1) + 0 * s)
+def test_lagrangian_gradient_runs_through_d_ds_u_alone():
+    """u = (a + b s) x has d/ds u = b x: the target's gradient is -(s-t) x by b, and none by a, which moves the end point."""
+    a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 0.4))
+    flow = lambda x, t, s: (wide(a + b * s, x) * x, (a + b * s) * x.sum(1))
     x, (t, s) = torch.randn(6, 2).double(), times(6)
     _, (u, _) = f2d2.lagrangian(flow, x, t, s, probe="exact")
-    assert torch.autograd.grad(u.sum(), a)[0] == 0
+    by_a, by_b = torch.autograd.grad(u.sum(), (a, b), allow_unused=True)
+    assert by_a is None or by_a == 0
+    torch.testing.assert_close(by_b, -(wide(s - t, x) * x).sum())
 
 
 @pytest.mark.parametrize("condition", [None, *CONDITIONS])
