@@ -111,7 +111,7 @@ def test_oracle_samples(euler):
 def oracle_error(steps, std=0.3, **kw):
     target = Gaussians()
     target.std = std
-    x = target.sample(64, torch.Generator().manual_seed(1), "cpu").double()
+    x = target.sample(16, torch.Generator().manual_seed(1), "cpu").double()
     return (ode_log_likelihood(target.velocity, x, steps, **kw) - target.log_prob(x)).abs().mean().item()
 
 
