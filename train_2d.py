@@ -1,10 +1,7 @@
 """F2D2 in two dimensions: train, print the table, draw the figure. Minutes on a laptop.
 
-python train_2d.py                                    LSD-F2D2 on the checkerboard, flow-matching teacher first
-python train_2d.py --target gaussians                 a target whose density and velocity are known in closed form
-python train_2d.py --method meanflow --no-teacher     any method, from data alone
-python train_2d.py --method lsd --no-divergence       its sampling-only baseline
-python train_2d.py --method shortcut-distill --paper  the paper's own recipe
+python train_2d.py                                 LSD-F2D2 on the checkerboard, flow-matching teacher first
+python train_2d.py --method meanflow --no-teacher  any method, from data alone; --paper for the paper's own recipe
 """
 import argparse
 import json
@@ -16,18 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from f2d2 import MLP, JointFlowMap, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample
 
 CONDITION = {"flow": None, "shortcut": "semigroup", "shortcut-distill": "semigroup", "meanflow": "eulerian", "lsd": "lagrangian"}
-STEP_COUNTS = (8, 4, 2, 1)
-ORACLE_STEPS = 64  # midpoint steps, 128 NFE: doubling them moves log p by 0.004 nats on average
-TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 8000, 1000, 10000
-WIDTH, DEPTH, BATCH = 128, 4, 1024
+TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 6000, 1000, 13000
+WIDTH, DEPTH, BATCH, N_TEST, N_SAMPLES, N_GRID = 128, 4, 1024, 10_000, 200_000, 100
+STEP_COUNTS, ORACLE_STEPS = (8, 4, 2, 1), 64  # midpoint steps: doubling them moves log p by 0.004 nats on average
 
 
-# ---------------------------------------------------------------------------------- targets
 class Checkerboard:
     """Uniform on the eight black squares, of side 2, of a 4 x 4 board on [-4, 4]^2: log p = -ln 32 on them."""
 
@@ -45,7 +39,6 @@ class Gaussians:
     """Eight Gaussians of standard deviation 0.3 on a circle of radius 3. At time t each is N(t c, ((1-t)^2 + 0.09 t^2) I)."""
 
     std = 0.3
-
     def centres(self, x):
         angle = torch.arange(8, dtype=x.dtype, device=x.device) * (math.pi / 4)
         return 3 * torch.stack([angle.cos(), angle.sin()], 1)  # [8, 2]
@@ -73,7 +66,6 @@ class Gaussians:
 TARGETS = {"checkerboard": Checkerboard, "gaussians": Gaussians}
 
 
-# ---------------------------------------------------------------------------------- evaluation
 def grid(n, limit, device):
     """Cell centres of an n x n grid on [-limit, limit]^2: [n*n, 2]."""
     mid = (torch.arange(n, device=device) + 0.5) * (2 * limit / n) - limit
@@ -94,55 +86,42 @@ def sample_kl(target, x):
 
 
 @torch.no_grad()
-def evaluate(target, flow, velocity, few_step_map=True, mirror=False, device="cpu", n_test=10_000, n_samples=200_000, n_grid=100):
-    """The table, and the pictures {"truth" | "oracle" | steps: (samples, log p on the grid)}. `velocity` is the oracle's.
-
-    Without a few-step map (plain flow matching) samples are Euler's; without a divergence head the picture of log p is.
-    """
+def evaluate(target, flow, velocity, few_step_map=True, mirror=False, device="cpu"):
+    """The table, and pictures {name: (samples, log p on the grid)}, by Euler steps where there is no few-step map or head."""
     chunked = lambda f, x: torch.cat([f(part) for part in x.split(20_000)])
     mae = lambda a, b: (a - b).abs().mean().item()
     generator = torch.Generator(device).manual_seed(12345)
-    x, x0 = target.sample(n_test, generator, device), torch.randn(n_samples, 2, generator=generator, device=device)
-    points, truth = grid(n_grid, 5, device), target.log_prob(x)
+    x, x0 = target.sample(N_TEST, generator, device), torch.randn(N_SAMPLES, 2, generator=generator, device=device)
+    points, truth, rows = grid(N_GRID, 5, device), target.log_prob(x), {}
     slow = lambda y: chunked(lambda y: ode_log_likelihood(velocity, y, ORACLE_STEPS), y)
     oracle, drawn = slow(x), chunked(lambda y: ode_sample(velocity, y, ORACLE_STEPS // 2), x0)
-    metrics = {"oracle": {"nll": -oracle.mean().item(), "mae_truth": mae(oracle, truth), "sample_kl": sample_kl(target, drawn)}}
-    metrics["steps"] = {}
-    pictures = {"truth": (target.sample(n_samples, generator, device), target.log_prob(points)), "oracle": (drawn, slow(points))}
+    pictures = {"truth": (target.sample(N_SAMPLES, generator, device), target.log_prob(points)), "oracle": (drawn, slow(points))}
+    about = {"nll": -oracle.mean().item(), "mae_truth": mae(oracle, truth), "sample_kl": sample_kl(target, drawn)}
     for k in STEP_COUNTS:
-        row = dict.fromkeys(["nll", "mae_oracle", "mae_truth", "mass"])
         draw = (lambda y: sample(flow, y, k)[0]) if few_step_map else (lambda y: ode_sample(velocity, y, k, euler=True))
         euler = lambda y: ode_log_likelihood(flow.velocity, y, k, euler=True)
-        few = (lambda y: log_likelihood(flow, y, k, mirror)) if flow.head is not None else euler
-        drawn, density = chunked(draw, x0), chunked(few, points)
-        if flow.head is not None:
-            log_p = few(x)
-            row = {"nll": -log_p.mean().item(), "mae_oracle": mae(log_p, oracle), "mae_truth": mae(log_p, truth),
-                   "mass": density.exp().sum().item() * (10 / n_grid) ** 2}
-        metrics["steps"][str(k)] = row | {"sample_kl": sample_kl(target, drawn), "euler_nll": -euler(x).mean().item()}
+        few = (lambda y: log_likelihood(flow, y, k, mirror)) if flow.head else euler
+        drawn, density, log_p = chunked(draw, x0), chunked(few, points), few(x)
+        row = dict(nll=-log_p.mean().item(), mae_oracle=mae(log_p, oracle), mae_truth=mae(log_p, truth),
+                   mass=density.exp().sum().item() * (10 / N_GRID) ** 2)
+        row = row if flow.head else dict.fromkeys(row)
+        rows[str(k)] = row | {"sample_kl": sample_kl(target, drawn), "euler_nll": -euler(x).mean().item()}
         pictures[str(k)] = (drawn, density)
-    return metrics, pictures
-
-
-# ---------------------------------------------------------------------------------- figure and table
-def colours(density, top):
-    """Densities [n*n] on grid(n, ...) -> an RGB image, y upwards: 0 is dark, `top` bright, the same for every panel."""
-    n = math.isqrt(len(density))
-    level = (density.cpu().numpy().reshape(n, n).T[::-1] / top).clip(0, 1)
-    anchors = np.array([[13, 8, 50], [84, 20, 110], [187, 55, 84], [249, 142, 9], [252, 255, 164]])
-    rgb = [np.interp(level, np.linspace(0, 1, 5), channel) for channel in anchors.T]
-    return Image.fromarray(np.stack(rgb, 2).round().astype(np.uint8))
+    return {"oracle": about, "steps": rows}, pictures
 
 
 def draw_figure(pictures, metrics, path, panel=200, margin=26, left=110):
-    top = 1.3 * pictures["truth"][1].exp().max().item()
+    """Columns: truth, oracle, few steps. Rows: density of samples, exp(log p). One colour scale, 0 dark to 1.3 max p bright."""
+    anchors = np.array([[13, 8, 50], [84, 20, 110], [187, 55, 84], [249, 142, 9], [252, 255, 164]])
+    levels = np.linspace(0, 1.3 * pictures["truth"][1].exp().max().item(), 5)
     image = Image.new("RGB", (left + len(pictures) * (panel + 4), 2 * (panel + 4) + 2 * margin), "white")
     write = lambda x, y, text: ImageDraw.Draw(image).text((x, y), text, fill="black", font_size=17, anchor="mm")
     write(left / 2, margin + panel / 2, "samples"), write(left / 2, margin + panel * 1.5, "exp(log p)")
     for x, (name, (samples, log_p)) in zip(range(left, image.width, panel + 4), pictures.items()):
-        density = histogram(samples, 100, 5) * 100  # per unit of area
-        for y, values in ((margin, density), (margin + panel + 4, log_p.exp())):
-            image.paste(colours(values, top).resize((panel, panel), Image.BOX), (x, y))
+        for y, density in ((margin, histogram(samples, 100, 5) * 100), (margin + panel + 4, log_p.exp())):
+            density = density.cpu().reshape(math.isqrt(len(density)), -1).T.flip(0).numpy()  # y upwards
+            rgb = np.stack([np.interp(density, levels, channel) for channel in anchors.T], 2).round().astype(np.uint8)
+            image.paste(Image.fromarray(rgb).resize((panel, panel), Image.BOX), (x, y))
         write(x + panel / 2, margin / 2, f"{name} step{'s' * (name != '1')}" if name.isdigit() else name)
         if metrics["steps"].get(name, {}).get("mass") is not None:
             write(x + panel / 2, image.height - margin / 2, f"mass {metrics['steps'][name]['mass']:.3f}")
@@ -150,23 +129,22 @@ def draw_figure(pictures, metrics, path, panel=200, margin=26, left=110):
 
 
 def print_table(metrics):
-    print("\n{target}, {method}, seed {seed}, {seconds:.0f} s in all; log p in nats, errors per sample".format(**metrics))
-    print(f"{'steps':>7}{'NLL':>9}{'|-oracle|':>11}{'|-truth|':>10}{'mass':>8}{'sample KL':>11}{'Euler NLL':>11}")
+    print("\n{target}, {method}, seed {seed}, {seconds:.0f} s in all; log p in nats, errors per sample\n"
+          "  steps      NLL  |-oracle|  |-truth|    mass  sample KL  Euler NLL".format(**metrics))
     for k, row in ({"oracle": metrics["oracle"]} | metrics["steps"]).items():
         cells = [row.get(c) for c in ("nll", "mae_oracle", "mae_truth", "mass", "sample_kl", "euler_nll")]
         print(f"{k:>7}" + "".join(("-" if c is None else f"{c:.3f}").rjust(w) for c, w in zip(cells, (9, 11, 10, 8, 11, 11))))
 
 
-# ---------------------------------------------------------------------------------- options, and what is on disk
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=CONDITION, default="lsd", help="flow is the teacher alone; default lsd")
-    parser.add_argument("--target", choices=TARGETS, default="checkerboard")
+    parser.add_argument("--method", choices=CONDITION, default="lsd", help="flow is plain flow matching; default lsd")
+    parser.add_argument("--target", choices=TARGETS, default="checkerboard", help="default checkerboard")
     parser.add_argument("--no-divergence", action="store_true", help="the sampling-only baseline: no divergence head")
     parser.add_argument("--no-teacher", action="store_true", help="from data alone: v = x_1 - x_0 and the network's own div v")
     parser.add_argument("--paper", action="store_true", help="the paper's recipe: everything marked ours in f2d2.py is off")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=JOINT_STEPS, help="optimiser steps of the joint stage; the others scale with it")
+    parser.add_argument("--steps", type=int, default=JOINT_STEPS, help=f"joint steps, {JOINT_STEPS}; other stages scale along")
     parser.add_argument("--out", type=Path, help="default runs/2d/<target>-<method>-<seed>")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     args = parser.parse_args(argv)
@@ -187,13 +165,13 @@ def parse(argv):
 def load_checkpoint(parser, args, config):
     """The run in --out if it is this one, a fresh state if there is none; anything else is refused and left alone."""
     path = args.out / "checkpoint.pt"
-    if not path.exists():
-        if args.out.is_file() or (args.out / "metrics.json").exists():
-            parser.error(f"{args.out} holds something else and no checkpoint of this script: choose another --out.")
-        return {"stage": 0, "step": 0, "seconds": 0.0}
     try:
         state = torch.load(path, map_location=args.device, weights_only=True)
-        found = dict(state["config"])
+        found = state["config"]
+    except FileNotFoundError:
+        if (args.out / "metrics.json").exists():
+            parser.error(f"{args.out} holds results but no checkpoint of this script: choose another --out.")
+        return {"stage": 0, "step": 0, "seconds": 0.0}
     except Exception as error:
         parser.error(f"{path} is no checkpoint of this script ({type(error).__name__}): move it away or choose another --out.")
     if found != config:
@@ -201,39 +179,32 @@ def load_checkpoint(parser, args, config):
     return state
 
 
-# ---------------------------------------------------------------------------------- training
 def stages(args):
     """[(name, steps, condition, loss options)]: the teacher, the warm start of the velocity part, all four losses."""
-    condition, kw = CONDITION[args.method], dict(probe="exact", diagonal=0.25)
-    if args.method == "meanflow":
-        kw.update(velocity_weight="adaptive", divergence_weight="adaptive")
+    condition, weight = CONDITION[args.method], "adaptive" if args.method == "meanflow" else "none"
+    kw = dict(probe="exact", diagonal=0.25, velocity_weight=weight, divergence_weight=weight.replace("none", "natural"))
     if args.paper:
-        kw = dict(log_time=0.0, divergence_weight="none", own_tangent=False, direction="both" if args.method == "lsd" else "forward",
-                  velocity_weight="adaptive" if args.method == "meanflow" else "none")
-    plan = [] if args.no_teacher and condition else [("teacher", TEACHER_STEPS, None, {})]
+        kw = dict(log_time=0.0, ends=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False,
+                  direction="both" if args.method == "lsd" else "forward")
+    plan = [] if args.no_teacher and condition else [("teacher", TEACHER_STEPS, None, {"ends": 0.0})]
     if condition:
         plan += [("warm start", WARM_STEPS, condition, kw | {"joint": False}), ("joint", JOINT_STEPS, condition, kw)]
     return [(name, max(1, round(n * args.steps / JOINT_STEPS)), condition, kw) for name, n, condition, kw in plan]
 
 
-def optimizers(net):
-    """Muon for the hidden matrices, Adam for the rest: at equal time half the loss of Adam alone."""
-    hidden = [p for p in net.parameters() if p.dim() == 2 and min(p.shape) >= WIDTH]
-    rest = [p for p in net.parameters() if p.dim() != 2 or min(p.shape) < WIDTH]
-    return torch.optim.Muon(hidden, lr=0.01, weight_decay=0.0), torch.optim.Adam(rest, lr=2e-3)
-
-
 def train(args, plan, teacher, flow, target, generator, state, save):
-    """Runs what is left of the plan, saving 50 times a stage; a stage ends with the moving average (EMA) of its weights."""
+    """Runs what is left of the plan; saves 50 times a stage, between two steps, so that a stopped run goes on bit by bit."""
     for stage, (name, steps, condition, kw) in list(enumerate(plan))[state["stage"] :]:
-        net = teacher if name == "teacher" else flow
-        done, state["step"], begin = state["step"], 0, time.time()
-        if name == "warm start" and not args.no_teacher and not done:
-            flow.backbone.load_state_dict(teacher.backbone.state_dict())
-        both, ema = optimizers(net), AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-        if done:
-            [o.load_state_dict(saved) for o, saved in zip(both, state["optimizers"])], ema.load_state_dict(state["ema"])
+        net, done, begin = teacher if name == "teacher" else flow, state.pop("step", 0), time.time()
         velocity = None if args.no_teacher or net is teacher else teacher.velocity
+        # Muon for the hidden matrices, Adam for the rest: the loss of Adam alone after a third of its steps
+        hidden = [p for p in net.parameters() if p.dim() == 2 and min(p.shape) >= WIDTH]
+        rest = [p for p in net.parameters() if p.dim() != 2 or min(p.shape) < WIDTH]
+        both = torch.optim.Muon(hidden, lr=0.01, weight_decay=0.0), torch.optim.Adam(rest, lr=2e-3)
+        if done:
+            [o.load_state_dict(saved) for o, saved in zip(both, state["optimizers"])]
+        elif name == "warm start" and velocity:
+            flow.backbone.load_state_dict(teacher.backbone.state_dict())
         for step in range(done + 1, steps + 1):
             for group in both[0].param_groups + both[1].param_groups:  # 100 steps up, then half a cosine down to zero
                 peak = group.setdefault("initial_lr", group["lr"])
@@ -242,49 +213,44 @@ def train(args, plan, teacher, flow, target, generator, state, save):
             losses = f2d2_loss(net, x1, condition, velocity, generator=generator, record=record, **kw)
             net.zero_grad()
             sum(losses.values()).backward()
-            both[0].step(), both[1].step(), ema.update_parameters(net)
+            both[0].step(), both[1].step()
             if step % max(1, steps // 50) == 0:
                 terms = " ".join(f"{k} {record[k].mean():.4f}" for k in losses if k in record)
                 norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-                spent = time.time() - begin
-                print(f"{name} {step}/{steps}: {terms} | grad {norm:.3f} | {spent:.0f} s, "
-                      f"{spent / (step - done) * (steps - step):.0f} s left", flush=True)
-                save(stage=stage, step=step, optimizers=[o.state_dict() for o in both], ema=ema.state_dict())
-        net.load_state_dict(ema.module.state_dict())
+                took, share = time.time() - begin, (step - done) / (steps - done)
+                print(f"{name} {step}/{steps}: {terms} | grad {norm:.3f} | {took:.0f} s, {took / share - took:.0f} s left", flush=True)
+                save(stage=stage, step=step, optimizers=[o.state_dict() for o in both])
         save(stage=stage + 1, step=0)
 
 
 def main(argv=None):
     parser, args, config = parse(argv)
     state, began = load_checkpoint(parser, args, config), time.time()
-    seconds, path, metrics_path = state["seconds"], args.out / "checkpoint.pt", args.out / "metrics.json"
+    seconds = lambda: state["seconds"] + time.time() - began
+    path, metrics_path, ours = args.out / "checkpoint.pt", args.out / "metrics.json", not args.paper
     torch.manual_seed(args.seed)
     target, generator = TARGETS[args.target](), torch.Generator(args.device).manual_seed(args.seed)
-    ours = not args.paper
     build = lambda head: JointFlowMap(MLP(2, WIDTH, DEPTH, ours), WIDTH, head, ours, ours).to(args.device)
     flow = build(not args.no_divergence)
-    teacher = flow if args.method == "flow" else build(False)
+    teacher, plan = flow if args.method == "flow" else build(False), stages(args)
+    print(f"{args.out}: {sum(p.numel() for p in flow.parameters()):,} parameters; {BATCH:,} samples a step; steps: "
+          f"{', '.join(f'{n} {name}' for name, n, *_ in plan)}; NFE per log p: {STEP_COUNTS}, oracle {2 * ORACLE_STEPS}")
     if "flow" in state:
         teacher.load_state_dict(state["teacher"]), flow.load_state_dict(state["flow"])
         generator.set_state(state["generator"].cpu())
-    plan = stages(args)
-    print(f"{args.out}: {sum(p.numel() for p in flow.parameters()):,} parameters; {BATCH:,} samples per step; "
-          f"steps: {', '.join(f'{n} {name}' for name, n, *_ in plan)}; NFE per log p: {', '.join(map(str, STEP_COUNTS))}, "
-          f"oracle {2 * ORACLE_STEPS}, half of them with the exact divergence")
 
     def save(**progress):
         args.out.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(config=config, seconds=seconds + time.time() - began, teacher=teacher.state_dict(), flow=flow.state_dict(),
+        torch.save(dict(config=config, seconds=seconds(), teacher=teacher.state_dict(), flow=flow.state_dict(),
                         generator=generator.get_state(), **progress), path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
     train(args, plan, teacher, flow, target, generator, state, save)
     if not metrics_path.exists():
-        velocity = flow.velocity if args.no_teacher else teacher.velocity
-        mirror = args.paper and args.method != "lsd"  # the paper's forward-only maps
-        metrics, pictures = evaluate(target, flow, velocity, args.method != "flow", mirror, args.device)
-        about = {k: config[k] for k in ("target", "method", "seed")} | {"divergence_head": flow.head is not None}
-        metrics = about | {"seconds": seconds + time.time() - began} | metrics
+        velocity, mirror = (flow if args.no_teacher else teacher).velocity, args.paper and args.method != "lsd"
+        measured, pictures = evaluate(target, flow, velocity, args.method != "flow", mirror, args.device)
+        metrics = dict(target=args.target, method=args.method, divergence_head=flow.head is not None, seed=args.seed,
+                       seconds=seconds(), **measured)
         draw_figure(pictures, metrics, args.out / "figure.png")
         metrics_path.write_text(json.dumps(metrics, indent=1))
     print_table(json.loads(metrics_path.read_text()))

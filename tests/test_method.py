@@ -311,12 +311,15 @@ def test_natural_and_adaptive_weights(condition):
 
 def test_sampled_times():
     x = torch.zeros(20000, 1)
-    t, s = f2d2.sample_times(x, "both", 0.0)
+    t, s = f2d2.sample_times(x, "both", 0.0, 0.0)
     assert abs((t < s).double().mean() - 0.5) < 0.02 and abs(t.mean() - 0.5) < 0.01
     t, s = f2d2.sample_times(x, "forward", 0.5)
     assert (t <= s).all() and t.min() >= 0 and s.max() <= 1
-    t, s = f2d2.sample_times(x, "both", 1.0)  # 1 - t log-uniform in [0.001, 1]: its median is 0.0316
+    t, s = f2d2.sample_times(x, "both", 1.0, 0.0)  # 1 - t log-uniform in [0.001, 1]: its median is 0.0316
     assert (1 - t).median().log10().item() == pytest.approx(-1.5, abs=0.03) and (1 - t).min() > 0.00099
+    times = f2d2.sample_times(x, "both", 0.0, 0.4)
+    for a in times:
+        assert [(a == end).double().mean().item() for end in (0, 1)] == pytest.approx([0.2, 0.2], abs=0.01)
 
 
 # ------------------------------------------------------------------------------- bits, bytes, guidance, devices

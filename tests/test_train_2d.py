@@ -1,0 +1,141 @@
+"""train_2d.py end to end: every method for a few steps, resuming, the files it writes, what it refuses."""
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+import train_2d
+from f2d2 import ode_log_likelihood
+from train_2d import Checkerboard, Gaussians, main
+
+STEPS = train_2d.JOINT_STEPS // 1000  # so that the teacher and the warm start take a few steps too
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    for name, value in dict(WIDTH=32, DEPTH=2, BATCH=64, N_TEST=64, N_SAMPLES=500, N_GRID=10, ORACLE_STEPS=4).items():
+        monkeypatch.setattr(train_2d, name, value)
+
+
+def run(out, *options):
+    main([*map(str, options), "--steps", str(STEPS), "--out", str(out)])
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("options", [
+    ["--method", "flow"], ["--method", "shortcut"], ["--method", "shortcut-distill"], ["--method", "meanflow"], ["--method", "lsd"],
+    ["--method", "meanflow", "--no-teacher"], ["--method", "lsd", "--no-teacher", "--target", "gaussians"],
+    ["--method", "shortcut-distill", "--no-divergence"], ["--method", "lsd", "--no-divergence"],
+    ["--method", "shortcut", "--paper"], ["--method", "meanflow", "--paper"], ["--method", "lsd", "--paper", "--no-divergence"],
+], ids=" ".join)
+def test_every_method(tmp_path, options, capsys):
+    metrics = run(tmp_path, *options, "--seed", "3")
+    head = "--no-divergence" not in options and "flow" not in options
+    assert metrics["divergence_head"] == head and metrics["seed"] == 3 and metrics["seconds"] > 0
+    assert set(metrics["oracle"]) == {"nll", "mae_truth", "sample_kl"} and list(metrics["steps"]) == ["8", "4", "2", "1"]
+    for row in metrics["steps"].values():
+        assert set(row) == {"nll", "mae_oracle", "mae_truth", "mass", "sample_kl", "euler_nll"}
+        assert math.isfinite(row["sample_kl"]) and math.isfinite(row["euler_nll"])
+        assert all((row[k] is not None) == head for k in ("nll", "mae_oracle", "mae_truth", "mass"))
+    assert Image.open(tmp_path / "figure.png").width > 1000
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["config"]["method"] == options[options.index("--method") + 1]
+    out = capsys.readouterr().out
+    assert "parameters" in out and "grad" in out and "s left" in out and "sample KL" in out
+
+
+def test_a_finished_run_prints_its_table_again_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    first = run(tmp_path)
+    monkeypatch.setattr(train_2d, "f2d2_loss", None)
+    assert run(tmp_path) == first
+    assert "sample KL" in capsys.readouterr().out
+
+
+def test_a_stopped_run_resumes_bit_identically(tmp_path, monkeypatch):
+    loss, calls = train_2d.f2d2_loss, []
+
+    def stop_at(n):
+        def counted(*args, **kw):
+            calls.append(1)
+            if len(calls) == n:
+                raise KeyboardInterrupt
+            return loss(*args, **kw)
+        return counted
+
+    whole = run(tmp_path / "whole", "--method", "meanflow", "--no-teacher")
+    for n in (3, 6):  # in the first stage and in the last
+        calls.clear()
+        monkeypatch.setattr(train_2d, "f2d2_loss", stop_at(n))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", "--method", "meanflow", "--no-teacher")
+    monkeypatch.setattr(train_2d, "f2d2_loss", loss)
+    parts = run(tmp_path / "parts", "--method", "meanflow", "--no-teacher")
+    assert parts["steps"] == whole["steps"] and parts["oracle"] == whole["oracle"]
+    a, b = (torch.load(tmp_path / p / "checkpoint.pt", weights_only=True)["flow"] for p in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def refused(capsys, *options):
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, options)))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_bad_input_is_refused_and_nothing_on_disk_is_touched(tmp_path, capsys):
+    assert "checkerboard" in refused(capsys, "--target", "moons")
+    assert "shortcut" in refused(capsys, "--method", "diffusion")
+    assert "at least 1" in refused(capsys, "--steps", "0", "--out", tmp_path / "new")
+    assert "drop --no-teacher" in refused(capsys, "--method", "shortcut-distill", "--no-teacher", "--out", tmp_path / "new")
+    assert "no device" in refused(capsys, "--device", "abacus", "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+    run(tmp_path / "lsd", "--method", "lsd")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "lsd").iterdir()}
+    err = refused(capsys, "--method", "meanflow", "--steps", STEPS, "--out", tmp_path / "lsd")
+    assert "'method': 'lsd'" in err and "'method': 'meanflow'" in err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "lsd").iterdir()} == before
+
+    for name, content in (("corrupt", b"not a checkpoint"), ("foreign", None), ("results", None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if content:
+            (folder / "checkpoint.pt").write_bytes(content)
+        elif name == "foreign":
+            torch.save({"weights": torch.zeros(2)}, folder / "checkpoint.pt")
+        else:
+            (folder / "metrics.json").write_text("{}")
+        assert "choose another --out" in refused(capsys, "--steps", STEPS, "--out", folder)
+        assert [p.name for p in folder.iterdir()] == ["metrics.json" if name == "results" else "checkpoint.pt"]
+
+
+def test_a_checkpoint_cannot_execute_code(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"config": Evil()}, tmp_path / "checkpoint.pt")
+    assert "choose another --out" in refused(capsys, "--out", tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("target", [Checkerboard(), Gaussians()])
+def test_targets_integrate_to_one_and_samples_have_no_divergence(target):
+    points = train_2d.grid(500, 5, "cpu")
+    assert target.log_prob(points).exp().sum().item() * 0.02**2 == pytest.approx(1, abs=1e-3)
+    x = target.sample(200_000, torch.Generator().manual_seed(0), "cpu")
+    assert 0 < train_2d.sample_kl(target, x) < 0.01
+    assert train_2d.sample_kl(target, x * 0.9) > 0.1
+    assert train_2d.sample_kl(target, torch.cat([x, x + 100])) == pytest.approx(math.log(2), abs=0.02)  # half are missing
+
+
+def test_the_mixture_s_velocity_transports_it():
+    """The continuity equation along a path: d/dt log p_t(x_t) = -div v, by central differences."""
+    target, e = Gaussians(), 1e-5
+    x, t = 2 * torch.randn(50, 2, dtype=torch.float64), torch.full((50,), 0.6, dtype=torch.float64)
+    v = target.velocity(x, t)
+    change = (target.log_prob(x + e * v, 0.6 + e) - target.log_prob(x - e * v, 0.6 - e)) / (2 * e)
+    jacobian = torch.stack([torch.autograd.functional.jacobian(lambda y: target.velocity(y, t[:1]), x[i:i + 1])[0, :, 0] for i in range(50)])
+    torch.testing.assert_close(change, -jacobian.diagonal(dim1=1, dim2=2).sum(1), atol=1e-6, rtol=1e-5)
