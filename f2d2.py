@@ -264,18 +264,19 @@ CONDITIONS = {"semigroup": semigroup, "eulerian": eulerian, "lagrangian": lagran
 
 
 # ---------------------------------------------------------------------------------- L_F2D2 = L_VM + L_u + L_div + L_D
-def sample_times(x, direction="both", log_time=0.5, ends=0.25, generator=None):
+def sample_times(x, direction="both", log_time=0.5, dyadic=0.4, generator=None):
     """t, s [len(x)] on x's device: uniform on the unit square; "forward" sorts them to t <= s, as in the paper.
 
     Both directions are ours, because a likelihood runs from t = 1 to 0: a map trained for s < t is exact there, the mirrored
     approximation is not. A share `log_time` of the pairs has 1 - t and 1 - s log-uniform in [0.001, 1], ours, see time_features.
-    A share `ends` of all times is moved to 0 or 1, ours, because every few-step trajectory starts and ends there.
+    A share `dyadic` of all times is a multiple of 1, 1/2, 1/4 or 1/8, ours, because few-step trajectories stop just there.
     """
     if direction not in ("both", "forward"):
         raise ValueError(f'unknown direction "{direction}": use "both" or "forward".')
-    r = torch.rand(5, len(x), device=x.device, dtype=x.dtype, generator=generator)
-    times = torch.where(r[0] < log_time, 1 - 0.001 ** r[1:3], r[1:3])
-    times = torch.where(r[3:] < ends, (r[3:] < ends / 2).to(x.dtype), times)
+    r = torch.rand(7, len(x), device=x.device, dtype=x.dtype, generator=generator)
+    times, k = r[:2], 2 ** (4 * r[2:4]).floor()
+    times = torch.where(r[4] < log_time, 1 - 0.001**times, times)
+    times = torch.where(r[5:] < dyadic, ((k + 1) * r[:2]).floor() / k, times)
     return times.sort(0).values if direction == "forward" else times
 
 
@@ -290,7 +291,7 @@ def _term(prediction, target, weight, natural):
 
 
 def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, generator=None, joint=True, diagonal=0.5,
-              direction="both", log_time=0.5, ends=0.25, velocity_weight="none", divergence_weight="natural", probe="rademacher",
+              direction="both", log_time=0.5, dyadic=0.4, velocity_weight="none", divergence_weight="natural", probe="rademacher",
               own_tangent=True, record=None):
     """L_F2D2 = L_VM + L_u + L_div + L_D as {"vm", "u", "div", "D"}: scalars, whose sum is the objective.
 
@@ -308,7 +309,7 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
     _check(x1)
     if t is None:
-        t, s = sample_times(x1, direction, log_time, ends, generator)
+        t, s = sample_times(x1, direction, log_time, dyadic, generator)
     _check(x1, t, s)
     if x0 is None:
         x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from f2d2 import MLP, JointFlowMap, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample
 
 CONDITION = {"flow": None, "shortcut": "semigroup", "shortcut-distill": "semigroup", "meanflow": "eulerian", "lsd": "lagrangian"}
-TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 6000, 1000, 13000
+TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 6000, 500, 13000
 WIDTH, DEPTH, BATCH, N_TEST, N_SAMPLES, N_GRID = 128, 4, 1024, 10_000, 200_000, 100
 STEP_COUNTS, ORACLE_STEPS = (8, 4, 2, 1), 64  # midpoint steps: doubling them moves log p by 0.004 nats on average
 
@@ -182,11 +182,11 @@ def load_checkpoint(parser, args, config):
 def stages(args):
     """[(name, steps, condition, loss options)]: the teacher, the warm start of the velocity part, all four losses."""
     condition, weight = CONDITION[args.method], "adaptive" if args.method == "meanflow" else "none"
-    kw = dict(probe="exact", diagonal=0.25, velocity_weight=weight, divergence_weight=weight.replace("none", "natural"))
+    kw = dict(probe="exact", diagonal=0.25, log_time=0.25, velocity_weight=weight, divergence_weight=weight.replace("none", "natural"))
     if args.paper:
-        kw = dict(log_time=0.0, ends=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False,
+        kw = dict(log_time=0.0, dyadic=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False,
                   direction="both" if args.method == "lsd" else "forward")
-    plan = [] if args.no_teacher and condition else [("teacher", TEACHER_STEPS, None, {"ends": 0.0})]
+    plan = [] if args.no_teacher and condition else [("teacher", TEACHER_STEPS, None, {"dyadic": 0.0})]
     if condition:
         plan += [("warm start", WARM_STEPS, condition, kw | {"joint": False}), ("joint", JOINT_STEPS, condition, kw)]
     return [(name, max(1, round(n * args.steps / JOINT_STEPS)), condition, kw) for name, n, condition, kw in plan]
@@ -200,7 +200,7 @@ def train(args, plan, teacher, flow, target, generator, state, save):
         # Muon for the hidden matrices, Adam for the rest: the loss of Adam alone after a third of its steps
         hidden = [p for p in net.parameters() if p.dim() == 2 and min(p.shape) >= WIDTH]
         rest = [p for p in net.parameters() if p.dim() != 2 or min(p.shape) < WIDTH]
-        both = torch.optim.Muon(hidden, lr=0.01, weight_decay=0.0), torch.optim.Adam(rest, lr=2e-3)
+        both = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0), torch.optim.Adam(rest, lr=3e-3)
         if done:
             [o.load_state_dict(saved) for o, saved in zip(both, state["optimizers"])]
         elif name == "warm start" and velocity:

@@ -318,8 +318,9 @@ def test_sampled_times():
     t, s = f2d2.sample_times(x, "both", 1.0, 0.0)  # 1 - t log-uniform in [0.001, 1]: its median is 0.0316
     assert (1 - t).median().log10().item() == pytest.approx(-1.5, abs=0.03) and (1 - t).min() > 0.00099
     times = f2d2.sample_times(x, "both", 0.0, 0.4)
-    for a in times:
-        assert [(a == end).double().mean().item() for end in (0, 1)] == pytest.approx([0.2, 0.2], abs=0.01)
+    for a in times:  # 0 and 1 with chance (1/2 + 1/3 + 1/5 + 1/9) / 4 each, all others multiples of 1/8
+        assert [(a == end).double().mean().item() for end in (0, 1)] == pytest.approx([0.1144, 0.1144], abs=0.01)
+        assert ((a * 8) % 1 == 0).double().mean().item() == pytest.approx(0.4, abs=0.015)
 
 
 # ------------------------------------------------------------------------------- bits, bytes, guidance, devices
