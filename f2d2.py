@@ -210,6 +210,19 @@ def _without_none(flow):
     return lambda x, t, s: tuple(f for f in flow(x, t, s) if f is not None)
 
 
+def tangent(flow, x, t, velocity=None, v=None, probe="rademacher", generator=None):
+    """Where every map starts: u(x,t,t) = v, D(x,t,t) = -div v. (The project page has the other sign: D(x,t,t) = div u.)
+
+    x [B, ...], t [B] -> (u, D), (u_target, D_target) at (x, t, t), shaped as in semigroup. `v` replaces the velocity in u's.
+    """
+    _check(x, t)
+    u, D = flow(x, t, t)
+    own = div = None
+    if v is None or D is not None:
+        own, div = _v_and_divergence(flow, velocity, x, t, None if D is None else probe, generator)
+    return (u, D), (own if v is None else v, None if D is None else -div)
+
+
 def semigroup(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None):
     """Two half jumps make the whole (Shortcut models). With r = (t+s)/2 and x_r = Phi_X(x,t,r):
     u = 1/2 [u(x,t,r) + u(x_r,r,s)],  D = 1/2 [D(x,t,r) + D(x_r,r,s)].
@@ -295,44 +308,35 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
               own_tangent=True, record=None):
     """L_F2D2 = L_VM + L_u + L_div + L_D as {"vm", "u", "div", "D"}: scalars, whose sum is the objective.
 
-    L_VM = E |u(x,t,t) - v|^2         L_div = E |D(x,t,t) + div v|^2          the tangent condition, on a share `diagonal`
-    L_u  = E |u - u_target|^2         L_D   = E |D - D_target|^2              `condition`, on the rest of the batch
+    L_VM = E |u(x,t,t) - v|^2,  L_div = E |D(x,t,t) + div v|^2: the tangent condition, on a share `diagonal` of the batch
+    L_u = E |u - u_target|^2,   L_D = E |D - D_target|^2: `condition` ("semigroup", "eulerian", "lagrangian"), on the rest
     Means over dimensions; D is compared per dimension, D/d, so that one learning rate serves 2 and 12,288 dimensions.
 
-    x1 [B, ...] data; condition "semigroup", "eulerian", "lagrangian", or None for the tangent condition alone (flow matching);
-    teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). joint=False is the warm start, L_VM + L_u alone.
-    Without a divergence head (or joint) "div" and "D" are zero. x0, t, s may be given, else they are drawn.
-    velocity_weight: "none" | "adaptive"; divergence_weight: "none" | "adaptive" | "natural". `record`, a dict, receives what
-    logs need: per-example unweighted "vm", "u", "div", "D" and the times "t", "s". Raises ValueError for bad input.
-    """
-    if condition is not None and condition not in CONDITIONS:
+    x1 [B, ...] data; condition None is the tangent condition alone (flow matching); joint=False the warm start, L_VM + L_u.
+    teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero.
+    divergence_weight "natural" is ours, because a residual of D is a derivative in one time tau, and (1 - tau + delta)^2 counts
+    it per unit of log time; the semigroup's is a difference, and (s-t)^2 makes it nats of Phi_Z. "adaptive" is MeanFlow's.
+    x0, t, s may be given. `record`, a dict, receives the unweighted squared residuals per example and the times "t", "s".
+    Raises ValueError for an unknown option, and as JointFlowMap does."""
+    if condition not in (None, *CONDITIONS):
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
     _check(x1)
-    if t is None:
-        t, s = sample_times(x1, direction, log_time, dyadic, generator)
+    t, s = sample_times(x1, direction, log_time, dyadic, generator) if t is None else (t, s)
     _check(x1, t, s)
-    if x0 is None:
-        x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
-    x = _wide(1 - t, x1) * x0 + _wide(t, x1) * x1
-    v = None if teacher else x1 - x0
+    x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator) if x0 is None else x0
+    x, v = _wide(1 - t, x1) * x0 + _wide(t, x1) * x1, x1 - x0
     f = flow if joint else lambda x, t, s: (flow(x, t, s)[0], None)  # the warm start
     n = len(x) if condition is None else max(1, round(diagonal * len(x)))
     m = min(n, len(x) - 1)  # a batch of one serves both parts
-
-    # The tangent condition: u(x,t,t) = v, D(x,t,t) = -div v. (The project page has the other sign: D(x,t,t) = div u.)
-    f_tt = f(x[:n], t[:n], t[:n])
-    head = f_tt[1] is not None
-    probe = probe if head else None
-    own, div = _v_and_divergence(f, teacher, x[:n], t[:n], probe, generator) if teacher or head else (None, None)
-    parts = [("vm", "div", f_tt, (own if teacher else v[:n], -div if head else None), 1 - t[:n] + DELTA)]
+    parts = [("vm", "div", 1 - t[:n] + DELTA, *tangent(f, x[:n], t[:n], teacher, None if teacher else v[:n], probe, generator))]
+    head = parts[0][3][1] is not None
     if condition is not None:
-        prediction, target = CONDITIONS[condition](f, x[m:], t[m:], s[m:], teacher, None if teacher else v[m:], probe,
-                                                   own_tangent, generator)
-        tau = {"semigroup": None, "eulerian": t, "lagrangian": s}[condition]
-        parts.append(("u", "D", prediction, target, (s - t)[m:] if tau is None else 1 - tau[m:] + DELTA))
-
+        f_and_target = CONDITIONS[condition](f, x[m:], t[m:], s[m:], teacher, None if teacher else v[m:], probe if head else None,
+                                             own_tangent, generator)
+        natural = {"semigroup": s - t, "eulerian": 1 - t + DELTA, "lagrangian": 1 - s + DELTA}[condition]
+        parts.append(("u", "D", natural[m:], *f_and_target))
     losses, raw, d = {k: x.new_zeros(()) for k in ("vm", "u", "div", "D")}, {"t": t, "s": s}, x[0].numel()
-    for name_u, name_D, (u, D), (u_target, D_target), natural in parts:
+    for name_u, name_D, natural, (u, D), (u_target, D_target) in parts:
         losses[name_u], raw[name_u] = _term(u, u_target, velocity_weight, natural)
         if head:
             losses[name_D], raw[name_D] = _term(D / d, D_target / d, divergence_weight, natural)
