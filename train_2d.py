@@ -133,7 +133,7 @@ def print_table(metrics):
           "  steps      NLL  |-oracle|  |-truth|    mass  sample KL  Euler NLL".format(**metrics))
     for k, row in ({"oracle": metrics["oracle"]} | metrics["steps"]).items():
         cells = [row.get(c) for c in ("nll", "mae_oracle", "mae_truth", "mass", "sample_kl", "euler_nll")]
-        print(f"{k:>7}" + "".join(("-" if c is None else f"{c:.3f}").rjust(w) for c, w in zip(cells, (9, 11, 10, 8, 11, 11))))
+        print(f"{k:>7}" + "".join(("-" if c is None else f"{c:.3f}" if abs(c) < 1000 else f"{c:.0e}").rjust(w) for c, w in zip(cells, (9, 11, 10, 8, 11, 11))))
 
 
 def parse(argv):
