@@ -1,5 +1,4 @@
 """F2D2 in two dimensions: train, print the table, draw the figure. Minutes on a laptop.
-
 python train_2d.py                                 LSD-F2D2 on the checkerboard, flow-matching teacher first
 python train_2d.py --method meanflow --no-teacher  any method, from data alone; --paper for the paper's own recipe
 """
@@ -133,7 +132,8 @@ def print_table(metrics):
           "  steps      NLL  |-oracle|  |-truth|    mass  sample KL  Euler NLL".format(**metrics))
     for k, row in ({"oracle": metrics["oracle"]} | metrics["steps"]).items():
         cells = [row.get(c) for c in ("nll", "mae_oracle", "mae_truth", "mass", "sample_kl", "euler_nll")]
-        print(f"{k:>7}" + "".join(("-" if c is None else f"{c:.3f}" if abs(c) < 1000 else f"{c:.0e}").rjust(w) for c, w in zip(cells, (9, 11, 10, 8, 11, 11))))
+        cells = ["-" if c is None else f"{c:.3f}" if abs(c) < 1000 else f"{c:.0e}" for c in cells]
+        print(f"{k:>7}" + "".join(c.rjust(width) for c, width in zip(cells, (9, 11, 10, 8, 11, 11))))
 
 
 def parse(argv):
