@@ -252,8 +252,8 @@ def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tange
     v = own if v is None else v
     with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():  # forked: both passes drop the same units
         # no_grad and a second pass, instead of a graph through the jvp: the memory of a plain training step
-        tangent = own if own_tangent else v
-        _, (du, *dD) = jvp(lambda x, t: _without_none(flow)(x, t, s), (x, t), (tangent, torch.ones_like(t)))
+        dx_dt = own if own_tangent else v
+        _, (du, *dD) = jvp(lambda x, t: _without_none(flow)(x, t, s), (x, t), (dx_dt, torch.ones_like(t)))
     u, D = flow(x, t, s)
     return (u, D), (v + _wide(s - t, x) * du, None if D is None else -div + (s - t) * dD[0])
 

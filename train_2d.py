@@ -186,7 +186,7 @@ def stages(args):
     if args.paper:
         kw = dict(log_time=0.0, dyadic=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False,
                   direction="both" if args.method == "lsd" else "forward")
-    plan = [] if args.no_teacher and condition else [("teacher", TEACHER_STEPS, None, {"dyadic": 0.0})]
+    plan = [] if args.no_teacher and condition else [("teacher", TEACHER_STEPS, None, {"dyadic": 0.0, "log_time": 0.0 if args.paper else 0.5})]
     if condition:
         plan += [("warm start", WARM_STEPS, condition, kw | {"joint": False}), ("joint", JOINT_STEPS, condition, kw)]
     return [(name, max(1, round(n * args.steps / JOINT_STEPS)), condition, kw) for name, n, condition, kw in plan]

@@ -2,7 +2,6 @@
 import math
 
 import torch
-from torch import nn
 
 
 def wide(t, x):
@@ -32,18 +31,6 @@ class ExactGaussian:
     def log_prob(self, x):
         z = (x - self.mean) / self.std
         return (-0.5 * z.square() - 0.5 * math.log(2 * math.pi) - math.log(self.std)).flatten(1).sum(1)
-
-
-class Scaled(nn.Module):
-    """An exact flow with two learnable factors, both 1: something for gradients to reach."""
-
-    def __init__(self, flow):
-        super().__init__()
-        self.flow, self.a, self.b = flow, nn.Parameter(torch.ones(()).double()), nn.Parameter(torch.ones(()).double())
-
-    def forward(self, x, t, s):
-        u, D = self.flow(x, t, s)
-        return self.a * u, self.b * D
 
 
 def times(n, seed=0, dtype=torch.float64):

@@ -46,6 +46,13 @@ def test_every_method(tmp_path, options, capsys):
     assert "parameters" in out and "grad" in out and "s left" in out and "sample KL" in out
 
 
+def test_the_paper_s_recipe_draws_uniform_times_in_every_stage():
+    for method in train_2d.CONDITION:
+        _, args, _ = train_2d.parse(["--method", method, "--paper"])
+        for *_, options in train_2d.stages(args):
+            assert options["log_time"] == options["dyadic"] == 0.0
+
+
 def test_a_finished_run_prints_its_table_again_and_trains_nothing(tmp_path, monkeypatch, capsys):
     first = run(tmp_path)
     monkeypatch.setattr(train_2d, "f2d2_loss", None)
