@@ -89,27 +89,26 @@ def bits_per_dim(log_p, data_dim):
 def time_features(t, s, log_time=True):
     """(t, s) [B] -> [B, 10], bounded, smooth through s = t. The last two are ours, because most of an image's likelihood
     lies at 1 - t between 1 and 0.004, which a network that sees t linearly cannot resolve (log_time=False drops them)."""
-    t_h = torch.stack([t, s - t], 1)
-    angles = t_h @ (math.pi * torch.tensor([[1, 2, 0], [0, 0, 1]], dtype=t.dtype)).to(t.device)  # pi t, 2 pi t, pi (s-t)
-    features = [t_h, angles.sin(), angles.cos()]
-    if log_time:  # abs: the mirrored likelihood asks for s > 1
-        features.append(((1 - torch.stack([t, s], 1)).abs() + DELTA).log() / 3 + 1)
-    return torch.cat(features, 1)
+    pi = math.pi  # columns:   t, s-t;  sin of pi t, 2 pi t, pi (s-t);    cos of them;               log of 1-t, 1-s
+    weight = torch.tensor([[1, -1, pi, 2 * pi, -pi, pi, 2 * pi, -pi, -1, 0], [0, 1, 0, 0, pi, 0, 0, pi, 0, -1]], dtype=t.dtype)
+    bias = torch.tensor([0, 0, 0, 0, 0, pi / 2, pi / 2, pi / 2, 1, 1], dtype=t.dtype)
+    z = torch.addmm(bias.to(t.device), torch.stack([t, s], 1), weight.to(t.device))
+    logs = [(z[:, 8:].abs() + DELTA).log()] if log_time else []  # abs: the mirrored likelihood asks for s > 1
+    return torch.cat([z[:, :2], z[:, 2:8].sin(), *logs], 1)
 
 
 def gaussian_rates(t, s, variances):
     """Average rate of log p per dimension for data N(0, var I), each var in `variances` [K] -> [B, K]:
     -1/2 [ln sigma^2(s) - ln sigma^2(t)] / (s-t), with sigma^2(t) = (1-t)^2 + t^2 var.
 
-    With z = (sigma_s^2 - sigma_t^2) / (sigma_s^2 + sigma_t^2) the bracket is 2 atanh(z), and z / (s-t) has no pole.
+    Near s = t, with slope = z / (s-t) and z = (sigma_s^2 - sigma_t^2) / (sigma_s^2 + sigma_t^2): -slope atanh(z) / z.
     """
-    t, s = t[:, None], s[:, None]
-    var_t, var_s = (1 - t) ** 2 + t**2 * variances, (1 - s) ** 2 + s**2 * variances
-    slope = (variances * (t + s) - (2 - t - s)) / (var_t + var_s)  # z / (s-t)
-    z = (s - t) * slope
-    near = z.abs() < 0.02
-    series = 1 + z**2 / 3  # of atanh(z) / z
-    return -slope * torch.where(near, series, (var_s / var_t).log() / torch.where(near, 1.0, 2 * z))
+    h, one = (s - t)[:, None], torch.ones_like(variances)
+    near, at_t, at_s = h.abs() < 2e-4, torch.stack([1 - t, t], 1), torch.stack([1 - s, s], 1)
+    var_t, var_s = (w.square() @ torch.stack([one, variances]) for w in (at_t, at_s))
+    slope = (at_t + at_s) @ torch.stack([one, -variances]) / (var_t + var_s)  # its negative: no pole
+    series = slope * (1 + (h * slope).square() / 3)
+    return torch.where(near, series, (var_t / var_s).log() / torch.where(near, 1.0, 2 * h))
 
 
 class JointFlowMap(nn.Module):
@@ -460,3 +459,64 @@ class MLP(nn.Module):
     def forward(self, x, t, s):
         features = self.body(torch.cat([x.flatten(1), time_features(t, s, self.log_time)], 1))
         return self.out(features).reshape(x.shape), features
+
+
+class Block(nn.Module):
+    """GroupNorm, SiLU, convolution, twice, around a residual; the embedded times scale and shift in between; then attention."""
+
+    def __init__(self, c_in, c_out, embedding, dropout=0.0, attention=False, resize=None):
+        super().__init__()
+        norm = lambda c: nn.GroupNorm(math.gcd(c, 32), c)
+        self.resize = {None: nn.Identity(), "half": nn.AvgPool2d(2), "double": nn.Upsample(scale_factor=2)}[resize]
+        self.before = nn.Sequential(norm(c_in), nn.SiLU(), self.resize, nn.Conv2d(c_in, c_out, 3, padding=1), norm(c_out))
+        self.modulate = nn.Linear(embedding, 2 * c_out)
+        self.after = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.qkv = nn.Sequential(norm(c_out), nn.Conv2d(c_out, 3 * c_out, 1)) if attention else None
+        self.merge = nn.Conv2d(c_out, c_out, 1) if attention else None
+        for last in filter(None, (self.after[-1], self.merge)):  # every block starts as its skip
+            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+
+    def forward(self, x, embedding):
+        scale, shift = self.modulate(embedding)[..., None, None].chunk(2, 1)
+        x = self.skip(self.resize(x)) + self.after(self.before(x) * (1 + scale) + shift)
+        if self.qkv is None:
+            return x
+        q, k, v = self.qkv(x).flatten(2).chunk(3, 1)  # written out: the fused attention has no forward-mode derivative
+        weights = (q.transpose(1, 2) @ k / math.sqrt(q.shape[1])).softmax(2)
+        return x + self.merge((v @ weights.transpose(1, 2)).reshape(x.shape))
+
+
+class UNet(nn.Module):
+    """Backbone for square images, after DDPM++ (Song et al., "Score-Based Generative Modeling through SDEs"): x [B, 3, H, H] -> u
+    [B, 3, H, H], features [B, feature_dim] pooled from the bottleneck and the last layer. Raises ValueError for an odd size."""
+
+    def __init__(self, image_size=32, channels=128, multipliers=(2, 2, 2), blocks=4, attention=(16,), dropout=0.0, log_time=True):
+        super().__init__()
+        if image_size % 2 ** (len(multipliers) - 1):
+            raise ValueError(f"image size {image_size} is no multiple of {2 ** (len(multipliers) - 1)}: use one, or fewer multipliers.")
+        widths, e, c, skips = [channels * m for m in multipliers], 2 * channels, channels, [channels]
+        self.log_time, self.feature_dim = log_time, widths[-1] + widths[0]
+        self.embed = nn.Sequential(nn.Linear(8 + 2 * log_time, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
+        self.stem, self.down, self.up = nn.Conv2d(3, c, 3, padding=1), nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            for resize in ["half"] * (level > 0) + [None] * blocks:
+                self.down.append(Block(c, width, e, dropout, image_size >> level in attention, resize))
+                skips.append(c := width)
+        self.middle = nn.ModuleList([Block(c, c, e, dropout, attention=True), Block(c, c, e, dropout)])
+        for level, width in reversed(list(enumerate(widths))):
+            for resize in ["double"] * (level < len(widths) - 1) + [None] * (blocks + 1):
+                self.up.append(Block(c + (0 if resize else skips.pop()), width, e, dropout, image_size >> level in attention, resize))
+                c = width
+        self.out = nn.Sequential(nn.GroupNorm(math.gcd(c, 32), c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
+
+    def forward(self, x, t, s):
+        e, h = self.embed(time_features(t, s, self.log_time)), self.stem(x)
+        skips = [h] + [h := block(h, e) for block in self.down]
+        for block in self.middle:
+            h = block(h, e)
+        bottleneck = h.mean((2, 3))
+        for block in self.up:
+            h = block(h if isinstance(block.resize, nn.Upsample) else torch.cat([h, skips.pop()], 1), e)
+        h = self.out[:2](h)
+        return self.out[2](h), torch.cat([bottleneck, h.mean((2, 3))], 1)
