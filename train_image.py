@@ -1,4 +1,4 @@
-"""F2D2 on images: train, resume, evaluate; one GPU, several, or a CPU.
+"""F2D2 on images: train, resume, evaluate; on one GPU, several, or a CPU.
 python train_image.py --dataset cifar10 --method flow                   a teacher
 python train_image.py --dataset cifar10 --method shortcut-distill --teacher runs/image/cifar10-flow-0/latest.pt
 python train_image.py --dataset cifar10 --method meanflow               from data alone; --teacher CKPT is optional
@@ -28,148 +28,142 @@ from torch.optim.swa_utils import AveragedModel
 from f2d2 import (JointFlowMap, UNet, bits_per_dim, dequantize, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample,
                   sample_times, self_guidance)
 
-# Published hyperparameters. `flow` takes those of Shortcut-Distill, whose teacher it is; so does `shortcut`. Epochs are in images.
-# warmup: the share of the steps that trains the velocity part alone. times "logit-normal": MeanFlow's, used by --paper.
-_distill = dict(condition="semigroup", optimizer="RAdam", lr=1e-4, batch_size=512, steps=645_000, warmup=10 / 11, dropout=0.13, ema=0.9999,
-                diagonal=0.5, weight=("none", "natural"), clip=math.inf)
+# The published hyperparameters. `flow` and `shortcut` take those of Shortcut-Distill, which needs both. `warmup` is the share of the
+# steps that trains the velocity part alone; `weight` is that of the velocity and of the divergence residuals.
+DISTILL = dict(condition="semigroup", optimizer="RAdam", lr=1e-4, batch_size=512, steps=645_000, warmup=10 / 11, dropout=0.13,
+               ema=0.9999, diagonal=0.5, weight=("none", "natural"), clip=math.inf)
 RECIPES = {
-    "flow": _distill | dict(condition=None, steps=586_000, warmup=0),
-    "shortcut": _distill,
-    "shortcut-distill": _distill,
-    "meanflow": _distill | dict(condition="eulerian", optimizer="Adam", lr=6e-4, batch_size=1024, steps=800_000, warmup=0.5, dropout=0.2,
-                                diagonal=0.25, weight=("adaptive", "adaptive")),
-    "lsd": _distill | dict(condition="lagrangian", batch_size=256, steps=800_000, warmup=0.5, dropout=0.0, clip=1.0),
+    "flow": DISTILL | dict(condition=None, steps=586_000),
+    "shortcut": DISTILL,
+    "shortcut-distill": DISTILL,
+    "meanflow": DISTILL | dict(condition="eulerian", optimizer="Adam", lr=6e-4, batch_size=1024, steps=800_000, warmup=0.5, dropout=0.2,
+                               diagonal=0.25, weight=("adaptive", "adaptive")),
+    "lsd": DISTILL | dict(condition="lagrangian", batch_size=256, steps=800_000, warmup=0.5, dropout=0.0, clip=1.0),
 }
-STEP_COUNTS, EVAL_BATCH = (8, 4, 2, 1), 250
+STEP_COUNTS, CHUNK, LARGE = (8, 4, 2, 1), 250, 2**28  # bytes above which a folder is cached in a file
+SIZES = {"cifar10": 32, "imagenet64": 64, "celeba64": 64}
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 
 class BadInput(Exception):
-    """One sentence for the user: what is wrong and what to type instead. Exit code 2."""
+    """One sentence for the user, what is wrong and what to type instead: exit code 2."""
 
 
 # ---------------------------------------------------------------------------------- data: uint8 [N, 3, H, H]
-def folder_blocks(paths, size, crop=None):
-    """[1, 3, size, size] each: centre crop, antialiased resize, *rounded to bytes*, so that bits/dim is that of an 8-bit image."""
+def folder_blocks(paths, size, celeba=False):
+    """One image each: centre crop, antialiased resize, *rounded to bytes*, so that bits/dim is that of an 8-bit image."""
     skipped = []
     for path in paths:
         try:
             image = Image.open(path).convert("RGB")
         except Exception:
+            if celeba:
+                raise BadInput(f"{path} is missing or broken: unpack img_align_celeba again.")
             skipped.append(path)
             continue
-        image = torchvision.transforms.functional.center_crop(image, crop) if crop else image
+        image = torchvision.transforms.functional.center_crop(image, 140) if celeba else image
         yield np.asarray(ImageOps.fit(image, (size, size), Image.BICUBIC)).transpose(2, 0, 1)[None]
     if skipped:
         print(f"skipped {len(skipped)} of {len(paths)} files that are no readable images, the first is {skipped[0]}")
 
 
 def npz_blocks(files):
+    """The official ImageNet-64 batches: one row an image, planes R, G, B. numpy refuses pickles."""
     for file in files:
         try:
-            yield np.load(file)["data"].reshape(-1, 3, 64, 64)  # planes R, G, B; numpy refuses pickles
+            yield np.load(file)["data"].reshape(-1, 3, 64, 64)
         except Exception as error:
-            raise BadInput(f"{file} is not an ImageNet-64 batch ({error}): download the npz files again.")
+            raise BadInput(f"{file} is missing or no ImageNet-64 batch ({type(error).__name__}): download train_data_batch_1.npz to _10.npz "
+                           f"and val_data.npz from https://image-net.org (it wants an account) and unpack them into {file.parent}.")
 
 
-def stack(blocks, cache=None):
-    """Blocks -> one array, in memory, or streamed into `cache` once (whole or not at all) and memory-mapped from there."""
+def stack(blocks, size, cache=None):
+    """Blocks -> one array: in memory, or written to the file `cache` once, whole or not at all, and memory-mapped."""
     if cache is None:
-        blocks = list(blocks)
-        return np.concatenate(blocks) if blocks else np.zeros((0, 3, 1, 1), np.uint8)
+        return np.concatenate([np.zeros((0, 3, size, size), np.uint8), *blocks])
     if not cache.exists():
-        print(f"writing {cache}, once")
+        print(f"writing {cache}, once", flush=True)
         part = cache.with_suffix(f".part{os.getpid()}")
         try:
             with open(part, "wb") as file:
-                for block in blocks:
-                    file.write(np.ascontiguousarray(block, np.uint8).tobytes())
+                [file.write(np.ascontiguousarray(block, np.uint8)) for block in blocks]
             os.replace(part, cache)
         finally:
             part.unlink(missing_ok=True)
-    size = int(cache.stem.split("-")[-1])
     return np.memmap(cache, np.uint8, "c").reshape(-1, 3, size, size)
 
 
-def load_data(args):
-    """The train and the test split of --dataset, uint8 [N, 3, H, H]."""
-    root, splits = args.data, {}
-    if args.dataset == "cifar10":
-        for split in ("train", "test"):
-            try:
-                images = torchvision.datasets.CIFAR10(root, train=split == "train", download=True).data
-            except Exception as error:
-                raise BadInput(f"CIFAR-10 is not in {root} and could not be downloaded ({error}): put cifar-10-python.tar.gz from "
-                               "https://www.cs.toronto.edu/~kriz/cifar.html there and run again.")
-            splits[split] = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    elif args.dataset == "imagenet64":
-        for split, files in (("train", [root / f"train_data_batch_{i}.npz" for i in range(1, 11)]), ("test", [root / "val_data.npz"])):
-            cache, missing = root / f".f2d2-imagenet-{split}-64.u8", [f.name for f in files if not f.exists()]
-            if missing and not cache.exists():
-                raise BadInput(f"{root} lacks {', '.join(missing)}: download the ImageNet 64x64 npz files from https://image-net.org "
-                               "(an account is needed), unpack them there, and run again.")
-            splits[split] = stack(npz_blocks(files), cache)
-    elif args.dataset == "celeba64":
-        base = root / "celeba"
-        if not (base / "img_align_celeba").is_dir() or not (base / "list_eval_partition.txt").exists():
-            raise BadInput(f"{base} must hold img_align_celeba/ (unpacked) and list_eval_partition.txt: download both from "
-                           "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and run again.")
-        rows = [line.split() for line in (base / "list_eval_partition.txt").read_text().splitlines() if line]
-        for split, code in (("train", "0"), ("test", "2")):
-            paths = [base / "img_align_celeba" / name for name, part in rows if part == code]
-            missing = [p.name for p in paths if not p.exists()]
-            if missing:
-                raise BadInput(f"{base / 'img_align_celeba'} lacks {len(missing)} images, the first is {missing[0]}: unpack it again.")
-            splits[split] = stack(folder_blocks(paths, 64, crop=140), base / f".f2d2-celeba-{split}-64.u8")
-    else:
-        folder, kinds = Path(args.dataset), Image.registered_extensions()
-        find = lambda folder: sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
-        paths = {split: find(folder / split) for split in ("train", "test")}
-        if not all(paths.values()):
-            every = find(folder)
-            order = np.random.default_rng(0).permutation(len(every))
-            test = set(order[: max(1, len(every) // 10)].tolist())
-            paths = {"train": [p for i, p in enumerate(every) if i not in test], "test": [p for i, p in enumerate(every) if i in test]}
-        for split, files in paths.items():
-            large = len(files) * 3 * args.image_size**2 > 2**28
-            key = hashlib.sha256(repr([(str(f), f.stat().st_size) for f in files]).encode()).hexdigest()[:12]
-            splits[split] = stack(folder_blocks(files, args.image_size), folder / f".f2d2-{split}-{key}-{args.image_size}.u8" if large else None)
-            if not len(splits[split]):
-                raise BadInput(f"{folder} holds no {split} images that can be read: name a folder with at least two images.")
-    return [torch.from_numpy(splits[split]) for split in ("train", "test")]
+def find_files(dataset, root):
+    """{"train": files, "test": files}. A folder: its subfolders of these names, else a seeded 90/10 split."""
+    if dataset == "imagenet64":
+        return {"train": [root / f"train_data_batch_{i}.npz" for i in range(1, 11)], "test": [root / "val_data.npz"]}
+    if dataset == "celeba64":
+        images, listing = root / "celeba/img_align_celeba", root / "celeba/list_eval_partition.txt"
+        if not images.is_dir() or not listing.exists():
+            raise BadInput(f"{root / 'celeba'} must hold img_align_celeba/ (unpacked) and list_eval_partition.txt: download both from "
+                           "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html.")
+        rows = [line.split() for line in listing.read_text().splitlines() if line]
+        return {split: [images / name for name, part in rows if part == code] for split, code in (("train", "0"), ("test", "2"))}
+    find = lambda folder: np.array(sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.registered_extensions()), object)
+    train, test, every = find(root / "train"), find(root / "test"), find(root)
+    order, cut = np.random.default_rng(0).permutation(len(every)), max(1, len(every) // 10)
+    return {"train": train, "test": test} if len(train) and len(test) else {"train": every[order[cut:]], "test": every[order[:cut]]}
 
 
-def noisy(images, indices):
-    """Test images as real numbers: each with its own noise, seeded by its index, whatever the batches."""
-    noise = [torch.rand(images[0].shape, generator=torch.Generator().manual_seed(int(i))) for i in indices]
-    return dequantize(images[indices], torch.stack(noise))
+def load_data(dataset, root, size):
+    """[train, test], uint8 [N, 3, H, H] each."""
+    if dataset == "cifar10":
+        try:
+            arrays = [torchvision.datasets.CIFAR10(root, train=train, download=True).data.transpose(0, 3, 1, 2) for train in (True, False)]
+        except Exception as error:
+            raise BadInput(f"CIFAR-10 is not in {root} and could not be downloaded ({error}): put cifar-10-python.tar.gz from "
+                           "https://www.cs.toronto.edu/~kriz/cifar.html there.")
+        return [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
+    arrays = []
+    for split, files in find_files(dataset, root).items():
+        key = hashlib.sha256(repr([(f.name, f.exists() and f.stat().st_size) for f in files]).encode()).hexdigest()[:12]
+        cache = root / f".f2d2-{split}-{size}-{key}.u8" if dataset in SIZES or len(files) * 3 * size**2 > LARGE else None
+        arrays.append(stack(npz_blocks(files) if dataset == "imagenet64" else folder_blocks(files, size, dataset == "celeba64"), size, cache))
+        if not len(arrays[-1]):
+            raise BadInput(f"{root} holds no {split} images that can be read: name a folder with at least two.")
+    return [torch.from_numpy(a) for a in arrays]
 
 
-def to_bytes(x):
-    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+def draw(data, args, step, rank, world, device):
+    """This rank's share of the global batch: x1, x0, t, s. A function of (seed, step) alone, so that a resumed run and any number of
+    processes see the same batches; then the rank's own random stream, for probes and dropout."""
+    torch.manual_seed((args.seed << 40) + (step << 12))
+    n, own = args.batch_size, lambda x: x[rank::world].to(device)
+    images = data[own(torch.randint(len(data), (n,))).to(data.device)].to(device)
+    flip, noise, x0 = own(torch.rand(n, 1, 1, 1)), own(torch.rand(n, *data.shape[1:])), own(torch.randn(n, *data.shape[1:]))
+    t, s = sample_times(torch.zeros(n), **args.times)
+    if args.paper and args.method == "meanflow":
+        t, s = torch.sigmoid(2 + 2 * torch.randn(2, n)).sort(0).values  # 1 - t is logit-normal(-2, 2), as in MeanFlow
+    torch.manual_seed((args.seed << 40) + (step << 12) + 1 + rank)
+    return dequantize(torch.where(flip < 0.5, images.flip(3), images), noise), x0, own(t), own(s)
 
 
-# ---------------------------------------------------------------------------------- models and checkpoints
+# ---------------------------------------------------------------------------------- models, checkpoints, pictures
 def build(model, device):
-    """model: {"image_size", "channels", "blocks", "dropout", "head", "ours"}, stored in every checkpoint."""
+    """model = {"image_size", "channels", "blocks", "dropout", "head", "ours"}, which every checkpoint holds."""
     backbone = UNet(model["image_size"], model["channels"], blocks=model["blocks"], dropout=model["dropout"], log_time=model["ours"])
     return JointFlowMap(backbone, backbone.feature_dim, model["head"], model["ours"], model["ours"]).to(device)
 
 
 def load_checkpoint(path, device):
-    """A checkpoint of this script; never executes code. Raises BadInput for anything else."""
+    """A checkpoint of this script, never executing code; BadInput for anything else."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         state["config"]["model"], state["flow"], state["ema"], state["step"]
         return state
     except FileNotFoundError:
-        raise BadInput(f"there is no {path}: make one with python train_image.py --dataset ... --method flow (it is called latest.pt).")
+        raise BadInput(f"there is no {path}: a run writes latest.pt, for example python train_image.py --dataset cifar10 --method flow.")
     except Exception as error:
         raise BadInput(f"{path} is no checkpoint of this script ({type(error).__name__}): name a latest.pt that it wrote.")
 
 
 def load_model(path, device):
-    """The EMA network of a checkpoint, frozen, with the checkpoint's `config` and `step`."""
+    """The averaged network of a checkpoint, frozen, with the checkpoint's `config` and `step`."""
     state = load_checkpoint(path, device)
     flow = build(state["config"]["model"], device).eval().requires_grad_(False)
     flow.load_state_dict(state["ema"])
@@ -178,7 +172,7 @@ def load_model(path, device):
 
 
 class Objective(nn.Module):
-    """The loss as a module: DistributedDataParallel wraps *this*. Around the flow itself, a jvp would leave gradients unsynchronised."""
+    """The loss as a module: DistributedDataParallel wraps *this*. Around the flow itself, a jvp leaves gradients unsynchronised."""
 
     def __init__(self, flow, condition, velocity=None, **options):
         super().__init__()
@@ -190,61 +184,49 @@ class Objective(nn.Module):
         return sum(losses.values()), record
 
 
-# ---------------------------------------------------------------------------------- training
-def draw(data, args, step, rank, world, device):
-    """This rank's share of the global batch: x1, x0, t, s. A function of (seed, step) alone, so that a resumed run and any number
-    of processes see the same batches; then the rank's own stream, for probes and dropout."""
-    torch.manual_seed((args.seed << 40) + (step << 12))
-    n, own = args.batch_size, lambda x: x[rank::world].to(device)
-    images = data[own(torch.randint(len(data), (n,))).to(data.device)].to(device)
-    flip, noise, x0 = own(torch.rand(n, 1, 1, 1)), own(torch.rand(n, *data.shape[1:])), own(torch.randn(n, *data.shape[1:]))
-    if args.paper and args.method == "meanflow":
-        t, s = torch.sigmoid(2 + 2 * torch.randn(2, n)).sort(0).values  # 1 - t is logit-normal(-2, 2)
-    else:
-        t, s = sample_times(torch.zeros(n), **args.times)
-    torch.manual_seed((args.seed << 40) + (step << 12) + 1 + rank)
-    return dequantize(torch.where(flip < 0.5, images.flip(3), images), noise), x0, own(t), own(s)
+def to_bytes(x):
+    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
-def log_record(record, step, norm, rate):
-    """One JSON line: unweighted mean squared residuals, and the first that is there by tenths of t."""
-    line = {k: record[k].mean().item() for k in ("vm", "u", "div", "D") if k in record}
-    term = "u" if "u" in record else "vm"
-    tenth = (record["t"][-len(record[term]) :] * 10).long().clamp(max=9)
-    count = torch.bincount(tenth, minlength=10)
-    by_t = (torch.bincount(tenth, record[term].float(), minlength=10) / count).tolist()
-    return dict(step=step, **line, grad_norm=norm, images_per_second=rate, **{term + "_by_t": [x if x == x else None for x in by_t]})
-
-
-def picture(rows, path):
-    """{label: bytes [N, 3, H, H]}: one labelled row of images each."""
-    strips = [torchvision.utils.make_grid(images.cpu(), nrow=len(images), padding=1) for images in rows.values()]
-    sheet = torch.cat(strips, 1).permute(1, 2, 0).numpy()
-    zoom = max(1, 32 // rows[next(iter(rows))].shape[-1])
-    image = Image.new("RGB", (70 + sheet.shape[1] * zoom, sheet.shape[0] * zoom), "white")
-    image.paste(Image.fromarray(sheet).resize((sheet.shape[1] * zoom, image.height), Image.NEAREST), (70, 0))
-    for i, label in enumerate(rows):
-        ImageDraw.Draw(image).text((35, (i + 0.5) * image.height / len(rows)), label, fill="black", anchor="mm")
+def picture(flow, x0, path, few_step_map=True, guide=lambda x: x):
+    """Samples from the same noise at every step count, one labelled row each."""
+    draws = [sample(flow, guide(x0), k)[0] if few_step_map else ode_sample(flow.velocity, x0, k, euler=True) for k in STEP_COUNTS]
+    sheet = torchvision.utils.make_grid(to_bytes(torch.cat(draws)).cpu(), nrow=len(x0), padding=1)
+    sheet = Image.fromarray(sheet.permute(1, 2, 0).numpy())
+    sheet = sheet.resize([side * max(1, 64 // x0.shape[-1]) for side in sheet.size], Image.NEAREST)
+    image = Image.new("RGB", (70 + sheet.width, sheet.height), "white")
+    image.paste(sheet, (70, 0))
+    for i, k in enumerate(STEP_COUNTS):
+        text = f"{k} step{'s' * (k > 1)}"
+        ImageDraw.Draw(image).text((35, (i + 0.5) * image.height / len(STEP_COUNTS)), text, fill="black", anchor="mm", font_size=14)
     image.save(path)
 
 
-def few_step_rows(flow, x0):
-    return {f"{k} step{'s' * (k > 1)}": to_bytes(sample(flow, x0, k)[0]) for k in STEP_COUNTS}
+# ---------------------------------------------------------------------------------- training
+def log_record(record, step, norm, rate):
+    """For one JSON line: unweighted mean squared residuals, and that of u (or v) by tenths of t."""
+    term = "u" if "u" in record else "vm"
+    tenth = (record["t"][-len(record[term]) :] * 10).long().clamp(max=9)
+    sums, counts = (torch.bincount(tenth, weights, minlength=10).tolist() for weights in (record[term].float(), None))
+    return {"step": step, **{k: record[k].mean().item() for k in ("vm", "u", "div", "D") if k in record}, "grad_norm": norm,
+            "images_per_second": rate, term + "_by_t": [a / n if n else None for a, n in zip(sums, counts)]}
 
 
-def train(args, config, flow, ema, teacher, data, rank, world, device):
-    """Runs what is left of --steps. Saves, atomically, twenty times, before leaving on SIGTERM or Ctrl-C, and at the end."""
-    recipe, path, began = RECIPES[args.method], args.out / "latest.pt", time.time()
+def train(args, config, flow, teacher, data, rank, world, device):
+    """Runs what is left of --steps; saves, whole or not at all, twenty times, at the end, and on SIGTERM or Ctrl-C."""
+    recipe, path = RECIPES[args.method], args.out / "latest.pt"
     optimizer = getattr(torch.optim, recipe["optimizer"])(flow.parameters(), lr=args.lr)
-    objective = Objective(flow, recipe["condition"], teacher and teacher.velocity, **args.loss)
-    parallel = objective.compile() or objective if args.compile else objective
-    if world > 1:
-        parallel = DistributedDataParallel(objective, find_unused_parameters=args.warmup > 0)
+    average = lambda ema, now, n: torch._foreach_lerp_(ema, now, max(1 - recipe["ema"], 9 / (10 + int(n))))  # a short memory early on
+    ema = AveragedModel(flow, multi_avg_fn=average).requires_grad_(False)
     state = load_checkpoint(path, device) if path.exists() else {"step": 0, "seconds": 0.0}
     if state["step"]:
         flow.load_state_dict(state["flow"]), ema.module.load_state_dict(state["ema"]), optimizer.load_state_dict(state["optimizer"])
         ema.n_averaged.fill_(state["step"])
-    first, stop, done = state["step"], [], 0
+    objective = Objective(flow, recipe["condition"], teacher and teacher.velocity, **args.loss)
+    if args.compile:
+        objective.compile()
+    parallel = DistributedDataParallel(objective, find_unused_parameters=args.warmup > 0) if world > 1 else objective
+    first, stop, began = state["step"], [], time.time()
 
     def save(step):
         part = path.with_suffix(f".part{os.getpid()}")
@@ -253,39 +235,40 @@ def train(args, config, flow, ema, teacher, data, rank, world, device):
                             ema=ema.module.state_dict(), optimizer=optimizer.state_dict()), part)
             os.replace(part, path)
         except (OSError, RuntimeError) as error:
-            raise BadInput(f"could not write {path} ({error}): the checkpoint before it is intact; make room and type the same command.")
+            raise BadInput(f"{path} could not be written ({error}): the one before it is intact; make room and type the same command.")
         finally:
             part.unlink(missing_ok=True)
+        if args.method != "flow":
+            noise = torch.randn(8, *data.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
+            with torch.no_grad():
+                picture(ema.module.eval(), noise, args.out / "progress.png")
 
     handlers = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for step in range(first + 1, args.steps + 1):
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, step / args.lr_warmup) * (min(1, (35_000 / step) ** 0.5) if args.method == "lsd" else 1)
+                decay = min(1, (35_000 / step) ** 0.5) if args.method == "lsd" else 1
+                group["lr"] = args.lr * decay * min(1, step / max(1, min(10_000, args.steps // 20)))
             batch = draw(data, args, step, rank, world, device)
-            with torch.autocast(device.type, torch.bfloat16) if args.amp == "bf16" else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
                 loss, record = parallel(*batch, joint=step > args.warmup)
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_([p for p in flow.parameters() if p.grad is not None], recipe["clip"]).item()
             if not math.isfinite(norm):
-                raise BadInput(f"the loss is not finite at step {step}: {path} is intact; go on with a lower --lr and another --out, --init {path}.")
+                raise BadInput(f"the loss is not finite at step {step}: {path} holds the last good state; try --init {path} --lr {args.lr / 3:g}.")
             optimizer.step()
             ema.update_parameters(flow)
             if rank == 0 and (step % max(1, min(100, args.steps // 50)) == 0 or step == args.steps):
-                took, n = time.time() - began, step - first
-                line = log_record(record, step, norm, n * args.batch_size / took)
+                took = time.time() - began
+                line = log_record(record, step, norm, (step - first) * args.batch_size / took)
                 with open(args.out / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
                 terms = " ".join(f"{k} {line[k]:.4g}" for k in ("vm", "u", "div", "D") if k in line)
-                print(f"{step}/{args.steps}: {terms} | grad {norm:.3g} | {line['images_per_second']:.0f} images/s, "
-                      f"{took:.0f} s, {took / n * (args.steps - step):.0f} s left", flush=True)
+                print(f"{step}/{args.steps}: {terms} | grad {norm:.3g} | {line['images_per_second']:.0f} images/s | {took:.0f} s, "
+                      f"{took / (step - first) * (args.steps - step):.0f} s left", flush=True)
             if rank == 0 and (stop or step % max(1, args.steps // 20) == 0 or step == args.steps):
                 save(step)
-                if args.method != "flow":
-                    torch.manual_seed(0)
-                    with torch.no_grad():
-                        picture(few_step_rows(ema.module.eval(), torch.randn(8, *data.shape[1:]).to(device)), args.out / "progress.png")
             if stop:
                 print(f"stopped and saved at step {step}: the same command goes on from there")
                 sys.exit(128 + stop[0])
@@ -294,180 +277,179 @@ def train(args, config, flow, ema, teacher, data, rank, world, device):
 
 
 # ---------------------------------------------------------------------------------- evaluation
-def chunks(f, x):
-    return torch.cat([f(part).detach().cpu() for part in x.split(EVAL_BATCH)])
-
-
 def statistics(network, batches):
     """Mean [F] and covariance [F, F] of the network's features, float64."""
     n, first, second = 0, 0.0, 0.0
     for images in batches:
         f = network(images, return_features=True).double()
         n, first, second = n + len(f), first + f.sum(0), second + f.T @ f
-    mean = first / n
-    return mean.cpu(), ((second - n * mean[:, None] * mean) / (n - 1)).cpu()
+    return (first / n).cpu(), ((second - first[:, None] * first / n) / (n - 1)).cpu()
 
 
-def frechet_distance(a, b):
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): the eigenvalues of S_a S_b are those of S_a^(1/2) S_b S_a^(1/2)."""
-    (m_a, S_a), (m_b, S_b) = a, b
+def frechet_distance(mean_a, S_a, mean_b, S_b):
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)); S_a S_b has the eigenvalues of S_a^(1/2) S_b S_a^(1/2)."""
     values, vectors = torch.linalg.eigh(S_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
-    return ((m_a - m_b).square().sum() + S_a.trace() + S_b.trace() - 2 * trace).item()
+    return ((mean_a - mean_b).square().sum() + S_a.trace() + S_b.trace() - 2 * trace).item()
 
 
-def fid_network(args, device):
-    """The TorchScript Inception, and None; or None, and the reason."""
+def fid_setup(args, train, device):
+    """The TorchScript Inception and the train split's statistics, cached beside the data; or the reason why not."""
     path = args.fid_network or args.data / INCEPTION.rsplit("/", 1)[1]
     try:
-        if not path.exists():
+        if not path.exists() and not args.fid_network:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION, str(path), progress=False)
-        return torch.jit.load(str(path), map_location=device).eval(), None
+        network = torch.jit.load(str(path), map_location=device).eval()
     except Exception as error:
-        return None, f"no FID network: {INCEPTION} could not be had ({type(error).__name__}); pass --fid-network PATH"
-
-
-def fid_reference(args, network, train, folder):
-    """Statistics of the train split, cached beside the data under the network's and the data's fingerprint."""
-    key = hashlib.sha256(repr([tuple(train.shape), train[:: max(1, len(train) // 1000)].sum().item()]).encode()).hexdigest()[:8]
-    weights = hashlib.sha256(Path(args.fid_network or args.data / INCEPTION.rsplit("/", 1)[1]).read_bytes()).hexdigest()[:8]
-    cache = folder / f".f2d2-fid-{key}-{weights}.npz"
+        return None, None, f"{path} could not be had ({type(error).__name__}): get {INCEPTION} and pass --fid-network PATH"
+    key = hashlib.sha256(path.read_bytes() + train[:: max(1, len(train) // 1000)].cpu().numpy().tobytes()).hexdigest()[:12]
+    cache = args.data_folder / f".f2d2-fid-{key}.npz"
     if not cache.exists():
-        mean, covariance = statistics(network, (part.to(args.device) for part in train.split(EVAL_BATCH)))
-        np.savez(cache, mean=mean.numpy(), covariance=covariance.numpy())
-    saved = np.load(cache)
-    return torch.from_numpy(saved["mean"]), torch.from_numpy(saved["covariance"])
+        np.savez(cache, *[a.numpy() for a in statistics(network, (part.to(device) for part in train.split(CHUNK)))])
+    return network, [torch.from_numpy(a) for a in np.load(cache).values()], None
 
 
-def evaluate(args, flow, teacher, train, test):
-    """The paper's table: bits/dim on the test split, errors per image against the converged oracle, FID."""
-    device, d, head = torch.device(args.device), test[0].numel(), flow.head is not None
-    velocity, few_step_map = (teacher or flow).velocity, flow.config["method"] != "flow"
-    some = lambda n: torch.linspace(0, len(test) - 1, min(n, len(test))).long().unique()
-    bpd = lambda f, x: bits_per_dim(chunks(lambda y: f(y.to(device)), x).double(), d)
-    mean = lambda b: [b.mean().item(), (b.std() / len(b) ** 0.5).item()]
-    probe = "rademacher" if args.paper else "dct"
+def noisy(images, index):
+    """Test images as real numbers, each with its own noise, seeded by its index, whatever the batches."""
+    noise = [torch.rand(images[0].shape, generator=torch.Generator().manual_seed(int(i))) for i in index]
+    return dequantize(images[index], torch.stack(noise))
+
+
+@torch.no_grad()
+def evaluate(args, flow, teacher, train, test, device):
+    """The paper's table, bits/dim on the test split; errors per image against the converged oracle; FID. Writes metrics.json."""
+    few_step_map, head, probe = flow.config["method"] != "flow", flow.head is not None, "rademacher" if args.paper else "dct"
+    bpd = lambda f, x: bits_per_dim(torch.cat([f(y.to(device)).cpu().double() for y in x.split(CHUNK)]), x[0].numel())
+    slow = lambda velocity, steps, euler: lambda y: ode_log_likelihood(velocity, y, steps, probe, euler)
     torch.manual_seed(0)
-    x, x_oracle = noisy(test, some(args.test_images)), noisy(test, some(args.oracle_images))
-    slow = lambda steps, euler, v: lambda y: ode_log_likelihood(v, y, steps, probe, euler=euler)
-    oracle = bpd(slow(args.oracle_steps, False, velocity), x_oracle)
-    about = {"images": len(x_oracle), "steps": args.oracle_steps, "bpd": oracle.mean().item(), "se": mean(oracle)[1]}
+    x, some = noisy(test, torch.arange(len(test))), torch.linspace(0, len(test) - 1, min(args.oracle_images, len(test))).long()
+    oracle = bpd(slow((teacher or flow).velocity, args.oracle_steps, False), x[some])
+    about = {"images": len(some), "steps": args.oracle_steps, "bpd": oracle.mean().item(), "se": (oracle.std() / len(oracle) ** 0.5).item()}
     if args.oracle_euler:
-        about["euler_1024_bpd"] = bpd(slow(1024, True, velocity), x_oracle).mean().item()
-    network, why_not = fid_network(args, device)
-    real = network and fid_reference(args, network, train, args.data_folder)
-    guided = lambda y: self_guidance(flow, y, args.guidance, args.guidance_iterations) if args.guidance and head else y
-    start, rows, images = torch.randn(args.num_fid_samples if network else 8, *test.shape[1:]), {}, {}
+        about["euler_1024_bpd"] = bpd(slow((teacher or flow).velocity, 1024, True), x[some]).mean().item()
+    network, real, why_not = fid_setup(args, train, device)
+    guide = lambda y: self_guidance(flow, y, args.guidance, args.guidance_iterations) if args.guidance and head else y
+    noise, rows = torch.randn(args.num_fid_samples if network else 8, *test.shape[1:]), {}
     for k in STEP_COUNTS:
-        row = dict.fromkeys(("bpd", "se", "gap", "mae_oracle", "corr", "fid"))
-        if few_step_map and head:
-            row["bpd"], row["se"] = mean(bpd(lambda y: log_likelihood(flow, y, k, args.mirror), x))
-            fast = bpd(lambda y: log_likelihood(flow, y, k, args.mirror), x_oracle)
-            row |= {"gap": (fast - oracle).mean().item(), "mae_oracle": (fast - oracle).abs().mean().item(),
-                    "corr": torch.corrcoef(torch.stack([fast, oracle]))[0, 1].item()}
-        row["euler_bpd"] = bpd(slow(k, True, flow.velocity), x_oracle).mean().item()
-        draw_few = lambda y: to_bytes(sample(flow, guided(y.to(device)), k)[0] if few_step_map
-                                      else ode_sample(flow.velocity, y.to(device), k, euler=True))
-        images[f"{k} step{'s' * (k > 1)}"] = draw_few(start[:8])
+        row = rows[str(k)] = dict.fromkeys(("bpd", "se", "gap", "mae_oracle", "corr", "euler_bpd", "fid"))
+        if head:
+            fast = bpd(lambda y: log_likelihood(flow, y, k, args.mirror), x)
+            row["bpd"], row["se"], error = fast.mean().item(), (fast.std() / len(fast) ** 0.5).item(), fast[some] - oracle
+            row["gap"], row["mae_oracle"] = error.mean().item(), error.abs().mean().item()
+            row["corr"] = torch.corrcoef(torch.stack([fast[some], oracle]))[0, 1].item()
+        row["euler_bpd"] = bpd(slow(flow.velocity, k, True), x[some]).mean().item()
+        few = lambda y: to_bytes(sample(flow, guide(y), k)[0] if few_step_map else ode_sample(flow.velocity, y, k, euler=True))
         if network:
-            row["fid"] = frechet_distance(real, statistics(network, map(draw_few, start.split(EVAL_BATCH))))
-        rows[str(k)] = row
-    metrics = dict({k: flow.config[k] for k in ("dataset", "method", "seed")}, divergence_head=head, step=flow.step,
-                   test_images=len(x), mirror=args.mirror, oracle=about, steps=rows, fid_not_run=why_not)
+            row["fid"] = frechet_distance(*real, *statistics(network, (few(y.to(device)) for y in noise.split(CHUNK))))
+    metrics = {**{k: flow.config[k] for k in ("dataset", "method", "seed", "paper")}, "divergence_head": head, "step": flow.step,
+               "test_images": len(x), "mirror": args.mirror, "oracle": about, "steps": rows, "fid_not_run": why_not}
     args.out.mkdir(parents=True, exist_ok=True)
-    picture(images, args.out / "samples.png")
+    picture(flow, noise[:8].to(device), args.out / "samples.png", few_step_map, guide)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics
 
 
 def print_table(metrics):
-    o, cell = metrics["oracle"], lambda v, w: ("-" if v is None else f"{v:.3f}").rjust(w)
-    print(f"\n{metrics['dataset']}, {metrics['method']}, step {metrics['step']}; bits/dim on {metrics['test_images']} test images, errors per image "
-          f"against the oracle on {o['images']}\n  steps  bits/dim      se     gap  |-oracle|   corr  Euler bits/dim      FID")
-    print(f" oracle{cell(o['bpd'], 10)}{cell(o['se'], 8)}" + (f"   (Euler, 1024 steps: {o['euler_1024_bpd']:.3f})" if "euler_1024_bpd" in o else ""))
+    oracle, cell = metrics["oracle"], lambda value, width: ("-" if value is None else f"{value:.3f}").rjust(width)
+    print("\n{dataset}, {method}, step {step}: bits/dim of {test_images} test images; the oracle's, errors per image and Euler's on "
+          "{images} of them\n  steps  bits/dim      se     gap  |-oracle|   corr   Euler      FID".format(**metrics, images=oracle["images"]))
+    euler = f"   with 1024 uniform Euler steps {oracle['euler_1024_bpd']:.3f}" if "euler_1024_bpd" in oracle else ""
+    print(f" oracle{cell(oracle['bpd'], 10)}{cell(oracle['se'], 8)}{euler}")
     for k, row in metrics["steps"].items():
-        names = (("bpd", 10), ("se", 8), ("gap", 8), ("mae_oracle", 11), ("corr", 7), ("euler_bpd", 16))
-        print(k.rjust(7) + "".join(cell(row[n], w) for n, w in names) + (cell(row["fid"], 9) if not metrics["fid_not_run"] else "  not run"))
+        print(k.rjust(7) + "".join(map(cell, row.values(), (10, 8, 8, 11, 7, 8, 9))))
     if metrics["fid_not_run"]:
-        print(f"FID not run: {metrics['fid_not_run']}")
+        print(f"FID: not run. {metrics['fid_not_run']}")
 
 
 # ---------------------------------------------------------------------------------- the command line
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", default="cifar10", help="cifar10 (default), imagenet64, celeba64 or a folder of images, with train/ and test/ or without")
-    add("--data", type=Path, default=Path("data"), help="where the named datasets and the FID network are or go; default data/")
-    add("--image-size", type=int, default=32, help="side in pixels, for a folder; default 32")
-    add("--method", choices=RECIPES, default="meanflow", help="flow trains a teacher; default meanflow")
-    add("--no-divergence", action="store_true", help="the sampling-only baseline: no divergence head")
-    add("--teacher", type=Path, metavar="CKPT", help="its v and div v replace the noisy targets; with --eval, it is the oracle")
-    add("--init", type=Path, metavar="CKPT", help="start from these weights (default: the teacher's); a missing head is added")
-    add("--paper", action="store_true", help="the paper's recipe in training and evaluation: everything marked ours in f2d2.py is off")
-    for name in ("steps", "batch-size", "warmup"):
-        add(f"--{name}", type=int, help={"steps": "training steps", "batch-size": "images a step, over all processes",
-            "warmup": "steps at the start that train the velocity part alone; 0 with --init"}[name] + " (default: the method's recipe)")
-    for name in ("lr", "ema", "dropout"):
-        add(f"--{name}", type=float, help="default: the method's recipe")
-    add("--channels", type=int, default=128, help="of the U-Net; default 128")
-    add("--blocks", type=int, default=4, help="residual blocks a level; default 4")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, help="default runs/image/<dataset>-<method>-<seed>; a run that is there goes on")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default cuda if there is one")
-    add("--amp", choices=["bf16"], help="bfloat16 autocast, where nothing is differentiated twice: flow, and shortcut* --no-divergence")
-    add("--compile", action="store_true", help="torch.compile the objective")
-    add("--eval", type=Path, metavar="CKPT", help="no training: the table of this checkpoint")
-    add("--test-images", type=int, default=10_000, help="for bits/dim, at most; default 10000")
-    add("--oracle-images", type=int, default=64, help="for the errors per image; default 64")
-    add("--oracle-steps", type=int, default=64, help="midpoint steps on the geometric grid; default 64")
-    add("--oracle-euler", action="store_true", help="print the paper's oracle beside it: 1024 uniform Euler steps")
-    add("--mirror", action="store_true", help="the paper's forward-only likelihood")
-    add("--guidance", type=float, default=0.0, metavar="LR", help="self-guidance of the samples with this learning rate")
-    add("--guidance-iterations", type=int, default=1)
-    add("--num-fid-samples", type=int, default=50_000)
-    add("--fid-network", type=Path, help="TorchScript, called as net(uint8 [N, 3, H, H], return_features=True)")
+    add = lambda name, kind, default, help, **kw: parser.add_argument(name, type=kind, default=default, help=help + (
+        f"; default {default or 'that of the method'}" if kind in (int, float, str) else ""), **kw)
+    switch = lambda name, help: parser.add_argument(name, action="store_true", help=help)
+    add("--dataset", str, "cifar10", "cifar10, imagenet64, celeba64 or a folder of images, with train/ and test/ or without")
+    add("--method", str, "meanflow", "flow trains a teacher", choices=RECIPES)
+    switch("--no-divergence", "the sampling-only baseline: no divergence head")
+    add("--teacher", Path, None, "its v and div v replace the noisy targets, and it is the oracle", metavar="CKPT")
+    add("--init", Path, None, "start from these weights (default: the teacher's, if they fit); a missing head is added", metavar="CKPT")
+    switch("--paper", "the paper's recipe in training and evaluation: everything marked ours in f2d2.py is off")
+    add("--data", Path, Path("data"), "where the named datasets and the FID network are or go, default data/")
+    add("--image-size", int, 32, "side in pixels, for a folder")
+    add("--steps", int, None, "training steps")
+    add("--warmup", int, None, "steps at the start that train the velocity part alone")
+    add("--batch-size", int, None, "images a step, over all processes")
+    add("--lr", float, None, "learning rate")
+    add("--dropout", float, None, "probability")
+    add("--channels", int, 128, "of the U-Net")
+    add("--blocks", int, 4, "residual blocks a level")
+    add("--seed", int, 0, "of everything random")
+    add("--out", Path, None, "default runs/image/<dataset>-<method>-<seed>; a run that is there goes on")
+    add("--device", str, "cuda" if torch.cuda.is_available() else "cpu", "cuda, cpu, ...")
+    add("--amp", str, None, "bfloat16 autocast where no derivative is taken: flow, and shortcut with --no-divergence", choices=["bf16"])
+    switch("--compile", "torch.compile the objective")
+    add("--eval", Path, None, "no training: the table of this checkpoint", metavar="CKPT")
+    add("--oracle-images", int, 64, "for the errors per image")
+    add("--oracle-steps", int, 64, "midpoint steps on the geometric grid")
+    switch("--oracle-euler", "the paper's oracle beside it: 1024 uniform Euler steps")
+    switch("--mirror", "the paper's forward-only likelihood")
+    add("--guidance", float, 0.0, "self-guidance of the samples with this learning rate", metavar="LR")
+    add("--guidance-iterations", int, 1, "its Adam steps")
+    add("--num-fid-samples", int, 50_000, "samples for FID")
+    add("--fid-network", Path, None, "TorchScript, called as net(uint8 [N, 3, H, H], return_features=True)")
     return parser, parser.parse_args(argv)
 
 
 def settle(args, world):
-    """Fills in the recipe's defaults, and refuses what cannot work, before anything is read or written."""
-    recipe, named = RECIPES[args.method], {"cifar10": 32, "imagenet64": 64, "celeba64": 64}
-    for name in ("steps", "batch_size", "lr", "ema", "dropout"):
+    """Fills in the method's recipe and refuses what cannot work, before anything is read or written. Returns the run's config."""
+    recipe, root = RECIPES[args.method], args.data if args.dataset in SIZES else Path(args.dataset)
+    for name in ("steps", "batch_size", "lr", "dropout"):
         setattr(args, name, recipe[name] if getattr(args, name) is None else getattr(args, name))
     try:
         torch.zeros(1, device=args.device)
     except Exception:
         raise BadInput(f"no device {args.device} on this machine: use --device cpu.")
     for wrong, sentence in (
-        (args.dataset not in named and not Path(args.dataset).is_dir(),
-         f"no dataset or folder {args.dataset}: use {', '.join(named)} or the path of a folder of images."),
-        (min(args.steps, args.batch_size, args.channels, args.blocks, args.image_size) < 1,
-         "--steps, --batch-size, --channels, --blocks and --image-size must be at least 1."),
+        (args.dataset not in SIZES and not root.is_dir(), f"no dataset or folder {root}: use {', '.join(SIZES)} or the path of a folder of images."),
+        (min(args.steps, args.batch_size, args.channels, args.blocks, args.image_size, args.oracle_images) < 1,
+         "--steps, --batch-size, --channels, --blocks, --image-size and --oracle-images must be at least 1."),
         (args.batch_size % world, f"--batch-size {args.batch_size} is not divisible by the {world} processes: use a multiple of {world}."),
         (args.method == "shortcut-distill" and not args.teacher and not args.eval, "shortcut-distill needs --teacher CKPT: make one with "
          f"python train_image.py --dataset {args.dataset} --method flow and pass its latest.pt, or use --method shortcut."),
         (args.teacher and args.method in ("flow", "shortcut") and not args.eval,
          f"--method {args.method} learns from data alone: drop --teacher, or use --method shortcut-distill."),
-        (args.amp and not (args.method == "flow" or args.no_divergence and recipe["condition"] == "semigroup"),
-         "--amp bf16 is for --method flow and for shortcut methods with --no-divergence: derivatives need float32, so drop it."),
+        (args.amp and args.method != "flow" and not (args.no_divergence and recipe["condition"] == "semigroup"),
+         "--amp bf16 is for --method flow, and for shortcut methods with --no-divergence: derivatives need float32, so drop it."),
     ):
         if wrong:
             raise BadInput(sentence)
     forward = args.paper and recipe["condition"] in ("semigroup", "eulerian")
-    args.no_divergence |= args.method == "flow"
-    args.mirror |= forward
-    args.image_size = named.get(args.dataset, args.image_size)
-    args.data_folder = args.data if args.dataset in named else Path(args.dataset)
     if args.warmup is None:
-        args.warmup = 0 if args.init or args.no_divergence else round(recipe["warmup"] * args.steps)
-    args.lr_warmup = max(1, min(10_000, args.steps // 20))
-    args.out = args.out or (args.eval.parent if args.eval else Path("runs/image") / f"{Path(args.dataset).name}-{args.method}-{args.seed}")
-    velocity_weight, divergence_weight = recipe["weight"]
-    args.loss = dict(velocity_weight=velocity_weight, divergence_weight="none" if args.paper else divergence_weight,
-                     diagonal=recipe["diagonal"], own_tangent=not args.paper, probe="rademacher" if args.paper else "dct")
-    args.times = dict(direction="forward" if forward else "both", **(dict(log_time=0.0, dyadic=0.0) if args.paper else {}))
+        args.warmup = 0 if args.init or args.method == "flow" or args.no_divergence else round(recipe["warmup"] * args.steps)
+    args.mirror, args.data_folder, args.image_size = args.mirror or forward, root, SIZES.get(args.dataset, args.image_size)
+    args.out = args.out or (args.eval.parent if args.eval else Path(f"runs/image/{Path(args.dataset).name}-{args.method}-{args.seed}"))
+    weights = dict(velocity_weight=recipe["weight"][0], divergence_weight="none" if args.paper else recipe["weight"][1])
+    args.loss = weights | dict(diagonal=recipe["diagonal"], own_tangent=not args.paper, probe="rademacher" if args.paper else "dct")
+    args.times = dict(direction="forward" if forward else "both") | (dict(log_time=0.0, dyadic=0.0) if args.paper else {})
+    model = dict(image_size=args.image_size, channels=args.channels, blocks=args.blocks, dropout=args.dropout,
+                 head=not args.no_divergence and args.method != "flow", ours=not args.paper)
+    return {**{k: getattr(args, k) for k in ("dataset", "method", "paper", "seed", "batch_size", "lr", "warmup", "amp")},
+            "model": model, **{k: getattr(args, k) and str(getattr(args, k)) for k in ("teacher", "init")}}
+
+
+def start(args, model, teacher, device):
+    """A new network, with the weights of --init, or of the teacher where they fit."""
+    torch.manual_seed(args.seed)
+    try:
+        flow, source = build(model, device), load_model(args.init, device) if args.init else teacher
+        if args.init or teacher and all(teacher.config["model"][k] == model[k] for k in ("channels", "blocks", "ours")):
+            flow.backbone.load_state_dict(source.backbone.state_dict())
+            if source.head and flow.head:
+                flow.head.load_state_dict(source.head.state_dict())
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"no network of this shape can be made: {str(error).splitlines()[0]} Check --image-size, --channels, --blocks, --init.")
+    return flow
 
 
 def run(args):
@@ -476,11 +458,7 @@ def run(args):
         found = load_checkpoint(args.eval, "cpu")["config"]
         args.dataset, args.method, args.image_size = found["dataset"], found["method"], found["model"]["image_size"]
         args.paper, args.seed = args.paper or found["paper"], found["seed"]
-    settle(args, world)
-    model = dict(image_size=args.image_size, channels=args.channels, blocks=args.blocks, dropout=args.dropout,
-                 head=not args.no_divergence, ours=not args.paper)
-    config = {k: getattr(args, k) for k in ("dataset", "method", "paper", "seed", "batch_size", "lr", "warmup", "ema", "amp")}
-    config |= dict(model=model, teacher=args.teacher and str(args.teacher), init=args.init and str(args.init))
+    config, done = settle(args, world), args.out / "metrics.json"
     if not args.eval and (args.out / "latest.pt").exists():  # more --steps are welcome, anything else is another run
         found = load_checkpoint(args.out / "latest.pt", "cpu")["config"]
         if found != config:
@@ -490,42 +468,29 @@ def run(args):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     device = torch.device(args.device)
-    teacher, start = (path and load_model(path, device) for path in (args.teacher, args.init))
-    for path, net in ((args.teacher, teacher), (args.init, start)):
-        if net and net.config["model"]["image_size"] != args.image_size:
-            raise BadInput(f"{path} has another image size ({net.config['model']['image_size']}) than the data ({args.image_size}).")
+    teacher, flow = args.teacher and load_model(args.teacher, device), args.eval and load_model(args.eval, device)
+    for path in filter(None, (args.teacher, args.init)):
+        size = load_checkpoint(path, "cpu")["config"]["model"]["image_size"]
+        if size != args.image_size:
+            raise BadInput(f"{path} was trained on {size}x{size} images and the data are {args.image_size}x{args.image_size}: use one of this size.")
+    flow = flow or start(args, config["model"], teacher, device)
     if rank > 0:  # one process downloads and writes the caches
         dist.barrier()
-    train_data, test_data = load_data(args)
+    train_data, test_data = load_data(args.dataset, args.data_folder, args.image_size)
     if world > 1 and rank == 0:
         dist.barrier()
-
-    if args.eval:
-        flow = load_model(args.eval, device)
-        return print_table(evaluate(args, flow, teacher, train_data, test_data))
-    torch.manual_seed(args.seed)
-    try:
-        flow, start = build(model, device), start or teacher
-        if start:
-            flow.backbone.load_state_dict(start.backbone.state_dict())
-            if start.head and flow.head:
-                flow.head.load_state_dict(start.head.state_dict())
-    except (ValueError, RuntimeError) as error:
-        raise BadInput(f"this network cannot be made: {str(error).splitlines()[0]} Use the --channels, --blocks and --paper of {args.init or args.teacher}.")
-    average = lambda ema, now, n: torch._foreach_lerp_(ema, now, max(1 - args.ema, 9 / (10 + int(n))))  # a short memory early on
-    ema = AveragedModel(flow, multi_avg_fn=average).requires_grad_(False)
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.eval:
+        args.out.mkdir(parents=True, exist_ok=True)
+        parameters = [f"{sum(p.numel() for p in net.parameters()):,}" for net in (flow, flow.head) if net]
+        if rank == 0:
+            print(f"{args.out}: {len(train_data):,} train and {len(test_data):,} test images of {args.image_size}x{args.image_size}; parameters, "
+                  f"and in the head: {', '.join(parameters)}; {config | dict(steps=args.steps)}", flush=True)
+        small = train_data.numel() < 2**32  # then it lives on the device
+        train(args, config, flow, teacher, train_data.to(device) if small else train_data, rank, world, device)
+        flow = load_model(args.out / "latest.pt", device) if rank == 0 else None
     if rank == 0:
-        count = lambda net: f"{sum(p.numel() for p in net.parameters()):,}"
-        print(f"{args.out}: {len(train_data):,} train and {len(test_data):,} test images of {args.image_size}x{args.image_size}; {count(flow)} "
-              f"parameters{f', {count(flow.head)} in the head' if flow.head else ''}; {config | dict(steps=args.steps)}", flush=True)
-    if train_data.numel() < 2**32:  # small data live on the device
-        train_data = train_data.to(device)
-    train(args, config, flow, ema, teacher, train_data, rank, world, device)
-    if rank == 0:
-        done = args.out / "metrics.json"
-        stale = not done.exists() or json.loads(done.read_text())["step"] != args.steps
-        print_table(evaluate(args, load_model(args.out / "latest.pt", device), teacher, train_data, test_data) if stale else json.loads(done.read_text()))
+        fresh = not args.eval and done.exists() and json.loads(done.read_text())["step"] == flow.step
+        print_table(json.loads(done.read_text()) if fresh else evaluate(args, flow, teacher, train_data, test_data, device))
     if world > 1:
         dist.destroy_process_group()
 
