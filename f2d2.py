@@ -89,7 +89,7 @@ def bits_per_dim(log_p, data_dim):
 def time_features(t, s, log_time=True):
     """(t, s) [B] -> [B, 10], bounded, smooth through s = t. The last two are ours, because most of an image's likelihood
     lies at 1 - t between 1 and 0.004, which a network that sees t linearly cannot resolve (log_time=False drops them)."""
-    pi = math.pi  # columns:   t, s-t;  sin of pi t, 2 pi t, pi (s-t);    cos of them;               log of 1-t, 1-s
+    pi = math.pi  # columns:   t, s-t;  sin of pi t, 2 pi t, pi (s-t);  cos of them;  log of 1-t, 1-s
     weight = torch.tensor([[1, -1, pi, 2 * pi, -pi, pi, 2 * pi, -pi, -1, 0], [0, 1, 0, 0, pi, 0, 0, pi, 0, -1]], dtype=t.dtype)
     bias = torch.tensor([0, 0, 0, 0, 0, pi / 2, pi / 2, pi / 2, 1, 1], dtype=t.dtype)
     z = torch.addmm(bias.to(t.device), torch.stack([t, s], 1), weight.to(t.device))
@@ -437,9 +437,7 @@ def ode_sample(velocity, x0, steps, euler=False):
 
 def ode_log_likelihood(velocity, x1, steps, probe="exact", euler=False, generator=None):
     """log p_1(x1) = log N(x_0; 0, I) - int_0^1 div v(x_t,t) dt along dx/dt = v, solved from t = 1 to t = 0, nats [B].
-
-    Rule and grid as in ode_sample; `probe` as in divergence, drawn afresh at each step.
-    """
+    Rule and grid as in ode_sample; `probe` as in divergence, drawn afresh at each step."""
     _check(x1)
     x0, integral = _integrate(velocity, x1, time_grid(steps, x1, geometric=not euler).flip(0), euler, probe, generator)
     return normal_log_density(x0) + integral

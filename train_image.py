@@ -3,7 +3,7 @@ python train_image.py --dataset cifar10 --method flow                   a teache
 python train_image.py --dataset cifar10 --method shortcut-distill --teacher runs/image/cifar10-flow-0/latest.pt
 python train_image.py --dataset cifar10 --method meanflow               from data alone; --teacher CKPT is optional
 python train_image.py --eval runs/image/cifar10-meanflow-0/latest.pt    the paper's table of a checkpoint
-torchrun --nproc-per-node 8 train_image.py --dataset cifar10 --method meanflow
+torchrun --nproc-per-node 8 train_image.py ...                          the same on eight GPUs
 """
 import argparse
 import hashlib
@@ -11,36 +11,32 @@ import json
 import math
 import os
 import signal
-import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from f2d2 import (JointFlowMap, UNet, bits_per_dim, dequantize, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample,
                   sample_times, self_guidance)
 
-# The published hyperparameters. `flow` and `shortcut` take those of Shortcut-Distill, which needs both. `warmup` is the share of the
-# steps that trains the velocity part alone; `weight` is that of the velocity and of the divergence residuals.
+# Published hyperparameters; `flow` and `shortcut` take those of Shortcut-Distill. `warmup`: the share of the steps that trains the
+# velocity part alone; `weight`: of the velocity and of the divergence residuals.
 DISTILL = dict(condition="semigroup", optimizer="RAdam", lr=1e-4, batch_size=512, steps=645_000, warmup=10 / 11, dropout=0.13,
-               ema=0.9999, diagonal=0.5, weight=("none", "natural"), clip=math.inf)
+               ema=0.9999, diagonal=0.5, weight=("none", "natural"), clip=math.inf, decay_after=math.inf)
 RECIPES = {
     "flow": DISTILL | dict(condition=None, steps=586_000),
     "shortcut": DISTILL,
     "shortcut-distill": DISTILL,
     "meanflow": DISTILL | dict(condition="eulerian", optimizer="Adam", lr=6e-4, batch_size=1024, steps=800_000, warmup=0.5, dropout=0.2,
                                diagonal=0.25, weight=("adaptive", "adaptive")),
-    "lsd": DISTILL | dict(condition="lagrangian", batch_size=256, steps=800_000, warmup=0.5, dropout=0.0, clip=1.0),
+    "lsd": DISTILL | dict(condition="lagrangian", batch_size=256, steps=800_000, warmup=0.5, dropout=0.0, clip=1.0, decay_after=35_000),
 }
 STEP_COUNTS, CHUNK, LARGE = (8, 4, 2, 1), 250, 2**28  # bytes above which a folder is cached in a file
+to_bytes = lambda x: ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)  # inverts dequantize
 SIZES = {"cifar10": 32, "imagenet64": 64, "celeba64": 64}
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
@@ -83,13 +79,9 @@ def stack(blocks, size, cache=None):
         return np.concatenate([np.zeros((0, 3, size, size), np.uint8), *blocks])
     if not cache.exists():
         print(f"writing {cache}, once", flush=True)
-        part = cache.with_suffix(f".part{os.getpid()}")
-        try:
-            with open(part, "wb") as file:
-                [file.write(np.ascontiguousarray(block, np.uint8)) for block in blocks]
-            os.replace(part, cache)
-        finally:
-            part.unlink(missing_ok=True)
+        with open(cache.with_suffix(".part"), "wb") as file:
+            [file.write(np.ascontiguousarray(block, np.uint8)) for block in blocks]
+        os.replace(cache.with_suffix(".part"), cache)
     return np.memmap(cache, np.uint8, "c").reshape(-1, 3, size, size)
 
 
@@ -100,8 +92,7 @@ def find_files(dataset, root):
     if dataset == "celeba64":
         images, listing = root / "celeba/img_align_celeba", root / "celeba/list_eval_partition.txt"
         if not images.is_dir() or not listing.exists():
-            raise BadInput(f"{root / 'celeba'} must hold img_align_celeba/ (unpacked) and list_eval_partition.txt: download both from "
-                           "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html.")
+            raise BadInput(f"{images}/ or {listing} is missing: download both from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html.")
         rows = [line.split() for line in listing.read_text().splitlines() if line]
         return {split: [images / name for name, part in rows if part == code] for split, code in (("train", "0"), ("test", "2"))}
     find = lambda folder: np.array(sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.registered_extensions()), object)
@@ -112,21 +103,20 @@ def find_files(dataset, root):
 
 def load_data(dataset, root, size):
     """[train, test], uint8 [N, 3, H, H] each."""
+    arrays = []
     if dataset == "cifar10":
         try:
             arrays = [torchvision.datasets.CIFAR10(root, train=train, download=True).data.transpose(0, 3, 1, 2) for train in (True, False)]
         except Exception as error:
             raise BadInput(f"CIFAR-10 is not in {root} and could not be downloaded ({error}): put cifar-10-python.tar.gz from "
                            "https://www.cs.toronto.edu/~kriz/cifar.html there.")
-        return [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
-    arrays = []
-    for split, files in find_files(dataset, root).items():
+    for split, files in find_files(dataset, root).items() if dataset != "cifar10" else ():
         key = hashlib.sha256(repr([(f.name, f.exists() and f.stat().st_size) for f in files]).encode()).hexdigest()[:12]
         cache = root / f".f2d2-{split}-{size}-{key}.u8" if dataset in SIZES or len(files) * 3 * size**2 > LARGE else None
         arrays.append(stack(npz_blocks(files) if dataset == "imagenet64" else folder_blocks(files, size, dataset == "celeba64"), size, cache))
         if not len(arrays[-1]):
             raise BadInput(f"{root} holds no {split} images that can be read: name a folder with at least two.")
-    return [torch.from_numpy(a) for a in arrays]
+    return [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
 
 
 def draw(data, args, step, rank, world, device):
@@ -156,16 +146,17 @@ def load_checkpoint(path, device):
         state = torch.load(path, map_location=device, weights_only=True)
         state["config"]["model"], state["flow"], state["ema"], state["step"]
         return state
-    except FileNotFoundError:
-        raise BadInput(f"there is no {path}: a run writes latest.pt, for example python train_image.py --dataset cifar10 --method flow.")
     except Exception as error:
-        raise BadInput(f"{path} is no checkpoint of this script ({type(error).__name__}): name a latest.pt that it wrote.")
+        raise BadInput(f"{path} is no checkpoint of this script ({type(error).__name__}): name a latest.pt that it wrote (--method flow trains a teacher).")
 
 
-def load_model(path, device):
+def load_model(path, device, size):
     """The averaged network of a checkpoint, frozen, with the checkpoint's `config` and `step`."""
     state = load_checkpoint(path, device)
-    flow = build(state["config"]["model"], device).eval().requires_grad_(False)
+    model = state["config"]["model"]
+    if model["image_size"] != size:
+        raise BadInput(f"{path} was trained on images of side {model['image_size']} and the data have {size}: use one of this size.")
+    flow = build(model, device).eval().requires_grad_(False)
     flow.load_state_dict(state["ema"])
     flow.config, flow.step = state["config"], state["step"]
     return flow
@@ -184,96 +175,77 @@ class Objective(nn.Module):
         return sum(losses.values()), record
 
 
-def to_bytes(x):
-    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
-
-
+@torch.no_grad()
 def picture(flow, x0, path, few_step_map=True, guide=lambda x: x):
     """Samples from the same noise at every step count, one labelled row each."""
     draws = [sample(flow, guide(x0), k)[0] if few_step_map else ode_sample(flow.velocity, x0, k, euler=True) for k in STEP_COUNTS]
-    sheet = torchvision.utils.make_grid(to_bytes(torch.cat(draws)).cpu(), nrow=len(x0), padding=1)
-    sheet = Image.fromarray(sheet.permute(1, 2, 0).numpy())
+    sheet = Image.fromarray(torchvision.utils.make_grid(to_bytes(torch.cat(draws)).cpu(), len(x0), 1).permute(1, 2, 0).numpy())
     sheet = sheet.resize([side * max(1, 64 // x0.shape[-1]) for side in sheet.size], Image.NEAREST)
     image = Image.new("RGB", (70 + sheet.width, sheet.height), "white")
     image.paste(sheet, (70, 0))
     for i, k in enumerate(STEP_COUNTS):
-        text = f"{k} step{'s' * (k > 1)}"
-        ImageDraw.Draw(image).text((35, (i + 0.5) * image.height / len(STEP_COUNTS)), text, fill="black", anchor="mm", font_size=14)
+        ImageDraw.Draw(image).text((8, (i + 0.5) * image.height / len(STEP_COUNTS)), f"{k} steps", fill="black", anchor="lm", font_size=14)
     image.save(path)
 
 
 # ---------------------------------------------------------------------------------- training
-def log_record(record, step, norm, rate):
-    """For one JSON line: unweighted mean squared residuals, and that of u (or v) by tenths of t."""
-    term = "u" if "u" in record else "vm"
-    tenth = (record["t"][-len(record[term]) :] * 10).long().clamp(max=9)
-    sums, counts = (torch.bincount(tenth, weights, minlength=10).tolist() for weights in (record[term].float(), None))
-    return {"step": step, **{k: record[k].mean().item() for k in ("vm", "u", "div", "D") if k in record}, "grad_norm": norm,
-            "images_per_second": rate, term + "_by_t": [a / n if n else None for a, n in zip(sums, counts)]}
-
-
 def train(args, config, flow, teacher, data, rank, world, device):
     """Runs what is left of --steps; saves, whole or not at all, twenty times, at the end, and on SIGTERM or Ctrl-C."""
     recipe, path = RECIPES[args.method], args.out / "latest.pt"
     optimizer = getattr(torch.optim, recipe["optimizer"])(flow.parameters(), lr=args.lr)
     average = lambda ema, now, n: torch._foreach_lerp_(ema, now, max(1 - recipe["ema"], 9 / (10 + int(n))))  # a short memory early on
-    ema = AveragedModel(flow, multi_avg_fn=average).requires_grad_(False)
-    state = load_checkpoint(path, device) if path.exists() else {"step": 0, "seconds": 0.0}
+    ema = torch.optim.swa_utils.AveragedModel(flow, multi_avg_fn=average).requires_grad_(False)
+    state = load_checkpoint(path, device) if path.exists() else {"step": 0}
     if state["step"]:
         flow.load_state_dict(state["flow"]), ema.module.load_state_dict(state["ema"]), optimizer.load_state_dict(state["optimizer"])
         ema.n_averaged.fill_(state["step"])
     objective = Objective(flow, recipe["condition"], teacher and teacher.velocity, **args.loss)
     if args.compile:
         objective.compile()
-    parallel = DistributedDataParallel(objective, find_unused_parameters=args.warmup > 0) if world > 1 else objective
+    parallel = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=args.warmup > 0) if world > 1 else objective
     first, stop, began = state["step"], [], time.time()
 
     def save(step):
-        part = path.with_suffix(f".part{os.getpid()}")
+        part = path.with_suffix(".part")
         try:
-            torch.save(dict(config=config, step=step, seconds=state["seconds"] + time.time() - began, flow=flow.state_dict(),
-                            ema=ema.module.state_dict(), optimizer=optimizer.state_dict()), part)
+            torch.save(dict(config=config, step=step, flow=flow.state_dict(), ema=ema.module.state_dict(), optimizer=optimizer.state_dict()), part)
             os.replace(part, path)
         except (OSError, RuntimeError) as error:
-            raise BadInput(f"{path} could not be written ({error}): the one before it is intact; make room and type the same command.")
-        finally:
             part.unlink(missing_ok=True)
-        if args.method != "flow":
-            noise = torch.randn(8, *data.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
-            with torch.no_grad():
-                picture(ema.module.eval(), noise, args.out / "progress.png")
+            raise BadInput(f"{path} could not be written ({error}): the one before it is intact; make room and type the same command.")
+        noise = torch.randn(8, *data.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
+        picture(ema.module.eval(), noise, args.out / "progress.png", args.method != "flow")
 
     handlers = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        for step in range(first + 1, args.steps + 1):
-            for group in optimizer.param_groups:
-                decay = min(1, (35_000 / step) ** 0.5) if args.method == "lsd" else 1
-                group["lr"] = args.lr * decay * min(1, step / max(1, min(10_000, args.steps // 20)))
-            batch = draw(data, args, step, rank, world, device)
-            with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
-                loss, record = parallel(*batch, joint=step > args.warmup)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_([p for p in flow.parameters() if p.grad is not None], recipe["clip"]).item()
-            if not math.isfinite(norm):
-                raise BadInput(f"the loss is not finite at step {step}: {path} holds the last good state; try --init {path} --lr {args.lr / 3:g}.")
-            optimizer.step()
-            ema.update_parameters(flow)
-            if rank == 0 and (step % max(1, min(100, args.steps // 50)) == 0 or step == args.steps):
-                took = time.time() - began
-                line = log_record(record, step, norm, (step - first) * args.batch_size / took)
-                with open(args.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                terms = " ".join(f"{k} {line[k]:.4g}" for k in ("vm", "u", "div", "D") if k in line)
-                print(f"{step}/{args.steps}: {terms} | grad {norm:.3g} | {line['images_per_second']:.0f} images/s | {took:.0f} s, "
-                      f"{took / (step - first) * (args.steps - step):.0f} s left", flush=True)
-            if rank == 0 and (stop or step % max(1, args.steps // 20) == 0 or step == args.steps):
-                save(step)
-            if stop:
-                print(f"stopped and saved at step {step}: the same command goes on from there")
-                sys.exit(128 + stop[0])
-    finally:
-        [signal.signal(number, handler) for number, handler in handlers.items()]
+    for step in range(first + 1, args.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, step / max(1, min(10_000, args.steps // 20)), (recipe["decay_after"] / step) ** 0.5)
+        batch = draw(data, args, step, rank, world, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(args.amp)):
+            loss, record = parallel(*batch, joint=step > args.warmup)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([p for p in flow.parameters() if p.grad is not None], recipe["clip"]).item()
+        if not math.isfinite(norm):
+            raise BadInput(f"the loss is not finite at step {step}: {path} holds the last good state; try --init {path} --lr {args.lr / 3:g}.")
+        optimizer.step()
+        ema.update_parameters(flow)
+        if rank == 0 and (step % max(1, min(100, args.steps // 50)) == 0 or step == args.steps):
+            took = time.time() - began
+            raw = {k: record[k].mean().item() for k in ("vm", "u", "div", "D") if k in record}
+            loss, tenth = record.get("u", record["vm"]), (record["t"] * 10).long().clamp(max=9)
+            by_t = [loss[part].mean().item() if part.any() else None for part in (tenth[-len(loss) :] == i for i in range(10))]
+            line = dict(step=step, **raw, grad_norm=norm, images_per_second=(step - first) * args.batch_size / took)
+            with open(args.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line | {"by_tenths_of_t": by_t}) + "\n")
+            print(f"{step}/{args.steps}: {' '.join(f'{k} {raw[k]:.4g}' for k in raw)} | grad {norm:.3g} | {line['images_per_second']:.0f} "
+                  f"images/s | {took:.0f} s, {took / (step - first) * (args.steps - step):.0f} s left", flush=True)
+        if rank == 0 and (stop or step % max(1, args.steps // 20) == 0 or step == args.steps):
+            save(step)
+        if stop:
+            print(f"stopped and saved at step {step}: the same command goes on from there")
+            raise SystemExit(128 + stop[0])
+    [signal.signal(number, handler) for number, handler in handlers.items()]
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -290,8 +262,8 @@ def frechet_distance(mean_a, S_a, mean_b, S_b):
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)); S_a S_b has the eigenvalues of S_a^(1/2) S_b S_a^(1/2)."""
     values, vectors = torch.linalg.eigh(S_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    trace = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
-    return ((mean_a - mean_b).square().sum() + S_a.trace() + S_b.trace() - 2 * trace).item()
+    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt()
+    return ((mean_a - mean_b).square().sum() + S_a.trace() + S_b.trace() - 2 * cross.sum()).item()
 
 
 def fid_setup(args, train, device):
@@ -311,12 +283,6 @@ def fid_setup(args, train, device):
     return network, [torch.from_numpy(a) for a in np.load(cache).values()], None
 
 
-def noisy(images, index):
-    """Test images as real numbers, each with its own noise, seeded by its index, whatever the batches."""
-    noise = [torch.rand(images[0].shape, generator=torch.Generator().manual_seed(int(i))) for i in index]
-    return dequantize(images[index], torch.stack(noise))
-
-
 @torch.no_grad()
 def evaluate(args, flow, teacher, train, test, device):
     """The paper's table, bits/dim on the test split; errors per image against the converged oracle; FID. Writes metrics.json."""
@@ -324,7 +290,8 @@ def evaluate(args, flow, teacher, train, test, device):
     bpd = lambda f, x: bits_per_dim(torch.cat([f(y.to(device)).cpu().double() for y in x.split(CHUNK)]), x[0].numel())
     slow = lambda velocity, steps, euler: lambda y: ode_log_likelihood(velocity, y, steps, probe, euler)
     torch.manual_seed(0)
-    x, some = noisy(test, torch.arange(len(test))), torch.linspace(0, len(test) - 1, min(args.oracle_images, len(test))).long()
+    noise = [torch.rand(test[0].shape, generator=torch.Generator().manual_seed(i)) for i in range(len(test))]  # each image has its own
+    x, some = dequantize(test, torch.stack(noise)), torch.linspace(0, len(test) - 1, min(args.oracle_images, len(test))).long()
     oracle = bpd(slow((teacher or flow).velocity, args.oracle_steps, False), x[some])
     about = {"images": len(some), "steps": args.oracle_steps, "bpd": oracle.mean().item(), "se": (oracle.std() / len(oracle) ** 0.5).item()}
     if args.oracle_euler:
@@ -373,7 +340,7 @@ def parse(argv):
     add("--method", str, "meanflow", "flow trains a teacher", choices=RECIPES)
     switch("--no-divergence", "the sampling-only baseline: no divergence head")
     add("--teacher", Path, None, "its v and div v replace the noisy targets, and it is the oracle", metavar="CKPT")
-    add("--init", Path, None, "start from these weights (default: the teacher's, if they fit); a missing head is added", metavar="CKPT")
+    add("--init", Path, None, "start from these weights (default: the teacher's); a missing head is added", metavar="CKPT")
     switch("--paper", "the paper's recipe in training and evaluation: everything marked ours in f2d2.py is off")
     add("--data", Path, Path("data"), "where the named datasets and the FID network are or go, default data/")
     add("--image-size", int, 32, "side in pixels, for a folder")
@@ -386,7 +353,7 @@ def parse(argv):
     add("--blocks", int, 4, "residual blocks a level")
     add("--seed", int, 0, "of everything random")
     add("--out", Path, None, "default runs/image/<dataset>-<method>-<seed>; a run that is there goes on")
-    add("--device", str, "cuda" if torch.cuda.is_available() else "cpu", "cuda, cpu, ...")
+    add("--device", str, "cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu", choices=["cuda", "cpu"])
     add("--amp", str, None, "bfloat16 autocast where no derivative is taken: flow, and shortcut with --no-divergence", choices=["bf16"])
     switch("--compile", "torch.compile the objective")
     add("--eval", Path, None, "no training: the table of this checkpoint", metavar="CKPT")
@@ -406,14 +373,12 @@ def settle(args, world):
     recipe, root = RECIPES[args.method], args.data if args.dataset in SIZES else Path(args.dataset)
     for name in ("steps", "batch_size", "lr", "dropout"):
         setattr(args, name, recipe[name] if getattr(args, name) is None else getattr(args, name))
-    try:
-        torch.zeros(1, device=args.device)
-    except Exception:
-        raise BadInput(f"no device {args.device} on this machine: use --device cpu.")
     for wrong, sentence in (
+        (args.device == "cuda" and not torch.cuda.is_available(), "there is no CUDA device on this machine: use --device cpu."),
         (args.dataset not in SIZES and not root.is_dir(), f"no dataset or folder {root}: use {', '.join(SIZES)} or the path of a folder of images."),
         (min(args.steps, args.batch_size, args.channels, args.blocks, args.image_size, args.oracle_images) < 1,
          "--steps, --batch-size, --channels, --blocks, --image-size and --oracle-images must be at least 1."),
+        (args.image_size % 4, f"--image-size {args.image_size} cannot be halved twice: use a multiple of 4."),
         (args.batch_size % world, f"--batch-size {args.batch_size} is not divisible by the {world} processes: use a multiple of {world}."),
         (args.method == "shortcut-distill" and not args.teacher and not args.eval, "shortcut-distill needs --teacher CKPT: make one with "
          f"python train_image.py --dataset {args.dataset} --method flow and pass its latest.pt, or use --method shortcut."),
@@ -424,13 +389,13 @@ def settle(args, world):
     ):
         if wrong:
             raise BadInput(sentence)
-    forward = args.paper and recipe["condition"] in ("semigroup", "eulerian")
+    forward = args.paper and recipe["condition"] in ("semigroup", "eulerian")  # the published maps run from noise to data only
     if args.warmup is None:
         args.warmup = 0 if args.init or args.method == "flow" or args.no_divergence else round(recipe["warmup"] * args.steps)
     args.mirror, args.data_folder, args.image_size = args.mirror or forward, root, SIZES.get(args.dataset, args.image_size)
     args.out = args.out or (args.eval.parent if args.eval else Path(f"runs/image/{Path(args.dataset).name}-{args.method}-{args.seed}"))
-    weights = dict(velocity_weight=recipe["weight"][0], divergence_weight="none" if args.paper else recipe["weight"][1])
-    args.loss = weights | dict(diagonal=recipe["diagonal"], own_tangent=not args.paper, probe="rademacher" if args.paper else "dct")
+    args.loss = dict(velocity_weight=recipe["weight"][0], divergence_weight="none" if args.paper else recipe["weight"][1],
+                     diagonal=recipe["diagonal"], own_tangent=not args.paper, probe="rademacher" if args.paper else "dct")
     args.times = dict(direction="forward" if forward else "both") | (dict(log_time=0.0, dyadic=0.0) if args.paper else {})
     model = dict(image_size=args.image_size, channels=args.channels, blocks=args.blocks, dropout=args.dropout,
                  head=not args.no_divergence and args.method != "flow", ours=not args.paper)
@@ -438,61 +403,49 @@ def settle(args, world):
             "model": model, **{k: getattr(args, k) and str(getattr(args, k)) for k in ("teacher", "init")}}
 
 
-def start(args, model, teacher, device):
-    """A new network, with the weights of --init, or of the teacher where they fit."""
-    torch.manual_seed(args.seed)
-    try:
-        flow, source = build(model, device), load_model(args.init, device) if args.init else teacher
-        if args.init or teacher and all(teacher.config["model"][k] == model[k] for k in ("channels", "blocks", "ours")):
-            flow.backbone.load_state_dict(source.backbone.state_dict())
-            if source.head and flow.head:
-                flow.head.load_state_dict(source.head.state_dict())
-    except (ValueError, RuntimeError) as error:
-        raise BadInput(f"no network of this shape can be made: {str(error).splitlines()[0]} Check --image-size, --channels, --blocks, --init.")
-    return flow
-
-
 def run(args):
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if args.eval:  # the checkpoint says what it is
         found = load_checkpoint(args.eval, "cpu")["config"]
-        args.dataset, args.method, args.image_size = found["dataset"], found["method"], found["model"]["image_size"]
-        args.paper, args.seed = args.paper or found["paper"], found["seed"]
-    config, done = settle(args, world), args.out / "metrics.json"
+        args.image_size, args.paper = found["model"]["image_size"], args.paper or found["paper"]
+        args.dataset, args.method, args.seed = (found[k] for k in ("dataset", "method", "seed"))
+    config = settle(args, world)
     if not args.eval and (args.out / "latest.pt").exists():  # more --steps are welcome, anything else is another run
         found = load_checkpoint(args.out / "latest.pt", "cpu")["config"]
-        if found != config:
-            wrong = ", ".join(f"{k} is {found.get(k)} and not {config[k]}" for k in config if found.get(k) != config[k])
-            raise BadInput(f"{args.out} holds another run, whose {wrong}: choose another --out.")
+        wrong = [f"{k} is {found.get(k)} and not {config[k]}" for k in config if found.get(k) != config[k]]
+        if wrong:
+            raise BadInput(f"{args.out} holds another run, whose {', '.join(wrong)}: choose another --out.")
     if world > 1:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    device = torch.device(args.device)
-    teacher, flow = args.teacher and load_model(args.teacher, device), args.eval and load_model(args.eval, device)
-    for path in filter(None, (args.teacher, args.init)):
-        size = load_checkpoint(path, "cpu")["config"]["model"]["image_size"]
-        if size != args.image_size:
-            raise BadInput(f"{path} was trained on {size}x{size} images and the data are {args.image_size}x{args.image_size}: use one of this size.")
-    flow = flow or start(args, config["model"], teacher, device)
+        torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    device, _ = torch.device(args.device), torch.manual_seed(args.seed)
+    load = lambda path: path and load_model(path, device, args.image_size)
+    teacher, source, flow = load(args.teacher), load(args.init), load(args.eval) or build(config["model"], device)
+    source = None if args.eval else source or teacher  # a student starts from its teacher's weights
+    if source:
+        wrong = [k for k in ("channels", "blocks", "ours") if source.config["model"][k] != config["model"][k]]
+        if wrong:
+            raise BadInput(f"{args.init or args.teacher} has other {' and '.join(wrong)}, {source.config['model']}: use its options.")
+        flow.backbone.load_state_dict(source.backbone.state_dict())
+        if source.head and flow.head:
+            flow.head.load_state_dict(source.head.state_dict())
     if rank > 0:  # one process downloads and writes the caches
-        dist.barrier()
+        torch.distributed.barrier()
     train_data, test_data = load_data(args.dataset, args.data_folder, args.image_size)
     if world > 1 and rank == 0:
-        dist.barrier()
+        torch.distributed.barrier()
     if not args.eval:
         args.out.mkdir(parents=True, exist_ok=True)
-        parameters = [f"{sum(p.numel() for p in net.parameters()):,}" for net in (flow, flow.head) if net]
+        size, head = (sum(p.numel() for p in net.parameters()) if net else 0 for net in (flow, flow.head))
         if rank == 0:
-            print(f"{args.out}: {len(train_data):,} train and {len(test_data):,} test images of {args.image_size}x{args.image_size}; parameters, "
-                  f"and in the head: {', '.join(parameters)}; {config | dict(steps=args.steps)}", flush=True)
-        small = train_data.numel() < 2**32  # then it lives on the device
-        train(args, config, flow, teacher, train_data.to(device) if small else train_data, rank, world, device)
-        flow = load_model(args.out / "latest.pt", device) if rank == 0 else None
+            print(f"{len(train_data):,} train, {len(test_data):,} test images; {size:,} parameters, {head:,} in the head; {args.steps} steps; {config}")
+        resident = train_data.to(device) if train_data.numel() < 2**32 else train_data
+        train(args, config, flow, teacher, resident, rank, world, device)
+        flow = load(args.out / "latest.pt")
     if rank == 0:
-        fresh = not args.eval and done.exists() and json.loads(done.read_text())["step"] == flow.step
-        print_table(json.loads(done.read_text()) if fresh else evaluate(args, flow, teacher, train_data, test_data, device))
+        print_table(evaluate(args, flow, teacher, train_data, test_data, device))
     if world > 1:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def main(argv=None):
@@ -500,7 +453,7 @@ def main(argv=None):
     try:
         run(args)
     except BadInput as error:
-        parser.error(str(error))
+        parser.exit(2, f"train_image.py: {error}\n")
 
 
 if __name__ == "__main__":
