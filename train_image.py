@@ -391,7 +391,7 @@ def settle(args, world):
             raise BadInput(sentence)
     forward = args.paper and recipe["condition"] in ("semigroup", "eulerian")  # the published maps run from noise to data only
     if args.warmup is None:
-        args.warmup = 0 if args.init or args.method == "flow" or args.no_divergence else round(recipe["warmup"] * args.steps)
+        args.warmup = 0 if args.init or args.method == "flow" or args.no_divergence else int(recipe["warmup"] * args.steps)
     args.mirror, args.data_folder, args.image_size = args.mirror or forward, root, SIZES.get(args.dataset, args.image_size)
     args.out = args.out or (args.eval.parent if args.eval else Path(f"runs/image/{Path(args.dataset).name}-{args.method}-{args.seed}"))
     args.loss = dict(velocity_weight=recipe["weight"][0], divergence_weight="none" if args.paper else recipe["weight"][1],
