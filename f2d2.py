@@ -93,7 +93,7 @@ def time_features(t, s, log_time=True):
     weight = torch.tensor([[1, -1, pi, 2 * pi, -pi, pi, 2 * pi, -pi, -1, 0], [0, 1, 0, 0, pi, 0, 0, pi, 0, -1]], dtype=t.dtype)
     bias = torch.tensor([0, 0, 0, 0, 0, pi / 2, pi / 2, pi / 2, 1, 1], dtype=t.dtype)
     z = torch.addmm(bias.to(t.device), torch.stack([t, s], 1), weight.to(t.device))
-    logs = [(z[:, 8:].abs() + DELTA).log()] if log_time else []  # abs: the mirrored likelihood asks for s > 1
+    logs = [(z[:, 8:].abs() + DELTA).log() / 3 + 1] if log_time else []  # abs: the mirrored likelihood asks for s > 1
     return torch.cat([z[:, :2], z[:, 2:8].sin(), *logs], 1)
 
 
@@ -130,8 +130,8 @@ class JointFlowMap(nn.Module):
             inputs, outputs = feature_dim + 8 + 2 * log_time, 1 + 12 * baseline
             self.head = nn.Sequential(nn.Linear(inputs, feature_dim), nn.SiLU(), nn.Linear(feature_dim, outputs))
             nn.init.zeros_(self.head[-1].weight)
-            with torch.no_grad():  # the mixture starts around std 1, where D is small
-                self.head[-1].bias.copy_(torch.cat([torch.zeros(1), -(std.log() ** 2)])[:outputs])
+            with torch.no_grad():  # the mixture starts around std 1, where D is small, yet the grey levels stay in reach
+                self.head[-1].bias.copy_(torch.cat([torch.zeros(1), -(std.log() ** 2) / 8])[:outputs])
 
     def forward(self, x, t, s):
         """x [B, ...], t and s [B] -> u [B, ...], D [B] in nats per unit time (None without the head)."""

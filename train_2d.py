@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from f2d2 import MLP, JointFlowMap, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample
 
 CONDITION = {"flow": None, "shortcut": "semigroup", "shortcut-distill": "semigroup", "meanflow": "eulerian", "lsd": "lagrangian"}
-TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 6000, 500, 12000
+TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 6000, 500, 12500
 WIDTH, DEPTH, BATCH, N_TEST, N_SAMPLES, N_GRID = 128, 4, 1024, 10_000, 200_000, 100
 STEP_COUNTS, ORACLE_STEPS = (8, 4, 2, 1), 64  # midpoint steps: doubling them moves log p by 0.004 nats on average
 
@@ -195,7 +195,7 @@ def train(args, plan, teacher, flow, target, generator, state, save):
     for stage, (name, steps, condition, kw) in list(enumerate(plan))[state["stage"] :]:
         net, done, begin = teacher if name == "teacher" else flow, state.pop("step", 0), time.time()
         velocity = None if args.no_teacher or net is teacher else teacher.velocity
-        blur = 0.15 if velocity and not args.paper else 0.0  # ours: a teacher teaches off the data too, and the mass there counts
+        blur = 0.1 if velocity and not args.paper else 0.0  # ours: a teacher teaches off the data too, and the mass there counts
         # Muon for the hidden matrices, Adam for the rest: the loss of Adam alone after a third of its steps
         hidden = [p for p in net.parameters() if p.dim() == 2 and min(p.shape) >= WIDTH]
         rest = [p for p in net.parameters() if p.dim() != 2 or min(p.shape) < WIDTH]
