@@ -147,7 +147,7 @@ class JointFlowMap(nn.Module):
         rate = out[:, 0]
         if self.variances is not None:
             rate = rate + (out[:, 1:].softmax(1) * gaussian_rates(t, s, self.variances)).sum(1)
-        return u, x[0].numel() * rate
+        return u, x.numel() // len(x) * rate
 
     def jump(self, x, z, t, s):
         """Phi_Y: x [B, ...] and z [B] (nats) at time t -> the pair at time s. z stays None without the head."""

@@ -1,4 +1,5 @@
 """The mathematics of f2d2.py: exact solutions, directions, densities, estimators, gradients."""
+import contextlib
 import math
 
 import pytest
@@ -430,3 +431,72 @@ def test_a_column_of_D_is_refused_not_broadcast():
     slip = lambda x, t, s: (flow(x, t, s)[0], flow(x, t, s)[1][:, None])
     with pytest.raises((ValueError, RuntimeError)):
         f2d2_loss(slip, torch.randn(6, 2).double(), "semigroup", probe="exact")
+
+
+# ------------------------------------------------------------------------------- the U-Net
+def small_unet(dtype=torch.float64, **kw):
+    backbone = f2d2.UNet(**dict(dict(image_size=8, channels=4, multipliers=(1, 2), blocks=1, attention=(4,)) | kw))
+    flow = JointFlowMap(backbone, backbone.feature_dim).to(dtype)
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.2)
+    return flow
+
+
+def test_the_default_unet_has_50_to_60_million_parameters_and_a_small_head():
+    with torch.device("meta"):
+        backbone = f2d2.UNet()
+        flow = JointFlowMap(backbone, backbone.feature_dim)
+        x, t = torch.empty(2, 3, 32, 32), torch.empty(2)
+        u, D = flow(x, t, t)
+    size, head = (sum(p.numel() for p in net.parameters()) for net in (flow, flow.head))
+    assert u.shape == x.shape and D.shape == t.shape
+    assert 50e6 < size < 60e6 and head < 0.02 * size
+    with pytest.raises(ValueError, match="multiple of 4"):
+        f2d2.UNet(image_size=30)
+
+
+def test_unet_derivatives_attention_included_against_central_differences_also_at_s_equal_t():
+    flow, e = small_unet(), 1e-5
+    x, dx, (t, _) = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.randn(2, 3, 8, 8, dtype=torch.float64), times(2)
+    for s in (t, 1 - t):
+        _, got = torch.func.jvp(lambda x, t, s: flow(x, t, s), (x, t, s), (dx, torch.ones_like(t), 2 * torch.ones_like(t)))
+        plus, minus = (flow(x + h * dx, t + h, s + 2 * h) for h in (e, -e))
+        for g, p, m in zip(got, plus, minus):
+            torch.testing.assert_close(g, (p - m) / (2 * e), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["middle", "up"])
+def test_features_hear_the_bottleneck_and_the_last_layer(part):
+    flow = small_unet()
+    x, (t, s) = torch.randn(2, 3, 8, 8, dtype=torch.float64), times(2)
+    before = flow.backbone(x, t, s)[1]
+    with torch.no_grad():
+        flow.backbone.middle[1].after[-1].weight.add_(1.0) if part == "middle" else flow.backbone.out[0].weight.add_(1.0)
+    changed = (flow.backbone(x, t, s)[1] - before).abs().sum(0) > 1e-9
+    half = len(changed) - 4  # the last 4 are the decoder's
+    assert changed[:half].any() == (part == "middle") and changed[half:].any()
+
+
+@pytest.mark.parametrize("condition", [None, *CONDITIONS])
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_a_whole_unet_step_without_a_stray_cpu_tensor(condition, where):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with torch.device("meta"):
+        flow, teacher = (small_unet(torch.float32, dropout=0.1) for _ in range(2))
+    with FakeTensorMode(allow_non_fake_inputs=True) if where == "fake" else contextlib.nullcontext():
+        x1 = torch.empty(4, 3, 8, 8, device="meta")
+        for probe in ("rademacher", "dct"):
+            sum(f2d2_loss(flow, x1, condition, teacher.velocity, probe=probe).values()).backward()
+        assert all(p.grad.device.type == "meta" for p in flow.parameters())
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_dropout_is_the_same_in_both_passes_of_the_eulerian(condition):
+    """The target of u at s = t is v exactly only if prediction and derivative see one network; here: the step is repeatable."""
+    flow = small_unet(dropout=0.5)
+    x, (t, s) = torch.randn(3, 3, 8, 8, dtype=torch.float64), times(3)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        runs.append(f2d2.CONDITIONS[condition](flow, x, t, s, v=x, generator=torch.Generator().manual_seed(0)))
+    assert all(torch.equal(a, b) for f, g in zip(*runs) for a, b in zip(f, g))
