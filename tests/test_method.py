@@ -500,3 +500,15 @@ def test_dropout_is_the_same_in_both_passes_of_the_eulerian(condition):
         torch.manual_seed(5)
         runs.append(f2d2.CONDITIONS[condition](flow, x, t, s, v=x, generator=torch.Generator().manual_seed(0)))
     assert all(torch.equal(a, b) for f, g in zip(*runs) for a, b in zip(f, g))
+
+
+def test_attention_is_torch_s_own():
+    block = f2d2.Block(4, 4, 8, attention=True).double()
+    [nn.init.normal_(p, std=0.5) for p in block.parameters()]
+    plain = f2d2.Block(4, 4, 8).double()
+    plain.load_state_dict(block.state_dict(), strict=False)
+    x, e = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    h = plain(x, e)
+    q, k, v = (part.transpose(1, 2) for part in block.qkv(h).flatten(2).chunk(3, 1))  # [B, positions, channels]
+    out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
+    torch.testing.assert_close(block(x, e), h + block.merge(out))
