@@ -101,13 +101,13 @@ def gaussian_rates(t, s, variances):
     """Average rate of log p per dimension for data N(0, var I), each var in `variances` [K] -> [B, K]:
     -1/2 [ln sigma^2(s) - ln sigma^2(t)] / (s-t), with sigma^2(t) = (1-t)^2 + t^2 var.
 
-    Near s = t, with slope = z / (s-t) and z = (sigma_s^2 - sigma_t^2) / (sigma_s^2 + sigma_t^2): -slope atanh(z) / z.
+    Near s = t the series k (1 + (s-t)^2 k^2 / 3 + ...), k = [sigma^2(t) - sigma^2(s)] / [sigma^2(t) + sigma^2(s)] / (s-t).
     """
     h, one = (s - t)[:, None], torch.ones_like(variances)
     near, at_t, at_s = h.abs() < 2e-4, torch.stack([1 - t, t], 1), torch.stack([1 - s, s], 1)
     var_t, var_s = (w.square() @ torch.stack([one, variances]) for w in (at_t, at_s))
-    slope = (at_t + at_s) @ torch.stack([one, -variances]) / (var_t + var_s)  # its negative: no pole
-    series = slope * (1 + (h * slope).square() / 3)
+    k = (at_t + at_s) @ torch.stack([one, -variances]) / (var_t + var_s)  # s-t is divided out: no pole
+    series = k * (1 + (h * k).square() / 3)
     return torch.where(near, series, (var_t / var_s).log() / torch.where(near, 1.0, 2 * h))
 
 

@@ -23,8 +23,8 @@ from torch import nn
 from f2d2 import (JointFlowMap, UNet, bits_per_dim, dequantize, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample,
                   sample_times, self_guidance)
 
-# Published hyperparameters; `flow` and `shortcut` take those of Shortcut-Distill. `warmup`: the share of the steps that trains the
-# velocity part alone; `weight`: of the velocity and of the divergence residuals.
+# Published hyperparameters; `flow` and `shortcut` take those of Shortcut-Distill. `warmup`, the share of the steps that trains the
+# velocity part alone, is ours for meanflow and lsd, so are lsd's steps; `weight`: of the velocity and of the divergence residuals.
 DISTILL = dict(condition="semigroup", optimizer="RAdam", lr=1e-4, batch_size=512, steps=645_000, warmup=10 / 11, dropout=0.13,
                ema=0.9999, diagonal=0.5, weight=("none", "natural"), clip=math.inf, decay_after=math.inf)
 RECIPES = {
@@ -37,6 +37,7 @@ RECIPES = {
 }
 STEP_COUNTS, CHUNK, LARGE = (8, 4, 2, 1), 250, 2**28  # bytes above which a folder is cached in a file
 to_bytes = lambda x: ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)  # inverts dequantize
+few_steps = lambda flow, x0, k, few_step_map: sample(flow, x0, k)[0] if few_step_map else ode_sample(flow.velocity, x0, k, euler=True)
 SIZES = {"cifar10": 32, "imagenet64": 64, "celeba64": 64}
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
@@ -176,10 +177,10 @@ class Objective(nn.Module):
 
 
 @torch.no_grad()
-def picture(flow, x0, path, few_step_map=True, guide=lambda x: x):
+def picture(flow, x0, path, few_step_map):
     """Samples from the same noise at every step count, one labelled row each."""
-    draws = [sample(flow, guide(x0), k)[0] if few_step_map else ode_sample(flow.velocity, x0, k, euler=True) for k in STEP_COUNTS]
-    sheet = Image.fromarray(torchvision.utils.make_grid(to_bytes(torch.cat(draws)).cpu(), len(x0), 1).permute(1, 2, 0).numpy())
+    draws = to_bytes(torch.cat([few_steps(flow, x0, k, few_step_map) for k in STEP_COUNTS])).cpu()
+    sheet = Image.fromarray(torchvision.utils.make_grid(draws, len(x0), 1).permute(1, 2, 0).numpy())
     sheet = sheet.resize([side * max(1, 64 // x0.shape[-1]) for side in sheet.size], Image.NEAREST)
     image = Image.new("RGB", (70 + sheet.width, sheet.height), "white")
     image.paste(sheet, (70, 0))
@@ -297,8 +298,8 @@ def evaluate(args, flow, teacher, train, test, device):
     if args.oracle_euler:
         about["euler_1024_bpd"] = bpd(slow((teacher or flow).velocity, 1024, True), x[some]).mean().item()
     network, real, why_not = fid_setup(args, train, device)
-    guide = lambda y: self_guidance(flow, y, args.guidance, args.guidance_iterations) if args.guidance and head else y
-    noise, rows = torch.randn(args.num_fid_samples if network else 8, *test.shape[1:]), {}
+    noise, rows, guide = torch.randn(args.num_fid_samples if network else 8, *test.shape[1:]), {}, args.guidance and head
+    guided = [self_guidance(flow, y.to(device), args.guidance, args.guidance_iterations).cpu() if guide else y for y in noise.split(CHUNK)]
     for k in STEP_COUNTS:
         row = rows[str(k)] = dict.fromkeys(("bpd", "se", "gap", "mae_oracle", "corr", "euler_bpd", "fid"))
         if head:
@@ -307,13 +308,12 @@ def evaluate(args, flow, teacher, train, test, device):
             row["gap"], row["mae_oracle"] = error.mean().item(), error.abs().mean().item()
             row["corr"] = torch.corrcoef(torch.stack([fast[some], oracle]))[0, 1].item()
         row["euler_bpd"] = bpd(slow(flow.velocity, k, True), x[some]).mean().item()
-        few = lambda y: to_bytes(sample(flow, guide(y), k)[0] if few_step_map else ode_sample(flow.velocity, y, k, euler=True))
         if network:
-            row["fid"] = frechet_distance(*real, *statistics(network, (few(y.to(device)) for y in noise.split(CHUNK))))
+            row["fid"] = frechet_distance(*real, *statistics(network, (to_bytes(few_steps(flow, y.to(device), k, few_step_map)) for y in guided)))
     metrics = {**{k: flow.config[k] for k in ("dataset", "method", "seed", "paper")}, "divergence_head": head, "step": flow.step,
                "test_images": len(x), "mirror": args.mirror, "oracle": about, "steps": rows, "fid_not_run": why_not}
     args.out.mkdir(parents=True, exist_ok=True)
-    picture(flow, noise[:8].to(device), args.out / "samples.png", few_step_map, guide)
+    picture(flow, guided[0][:8].to(device), args.out / "samples.png", few_step_map)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics
 
