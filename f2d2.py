@@ -251,8 +251,7 @@ def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tange
     v = own if v is None else v
     with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():  # forked: both passes drop the same units
         # no_grad and a second pass, instead of a graph through the jvp: the memory of a plain training step
-        dx_dt = own if own_tangent else v
-        _, (du, *dD) = jvp(lambda x, t: _without_none(flow)(x, t, s), (x, t), (dx_dt, torch.ones_like(t)))
+        _, (du, *dD) = jvp(lambda x, t: _without_none(flow)(x, t, s), (x, t), (own if own_tangent else v, torch.ones_like(t)))
     u, D = flow(x, t, s)
     return (u, D), (v + _wide(s - t, x) * du, None if D is None else -div + (s - t) * dD[0])
 
@@ -265,7 +264,8 @@ def lagrangian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tan
     d/ds D): on the checkerboard that measured better. `v` and `own_tangent` are not used: x_1 - x_0 is not known at x_s.
     """
     _check(x, t, s)
-    (u, *D), (du, *dD) = jvp(lambda s: _without_none(flow)(x, t, s), (s,), (torch.ones_like(s),))
+    (u, *D), pull_back = vjp(lambda s: _without_none(flow)(x, t, s), s)
+    (du, *dD), = vjp(lambda w: pull_back(w)[0], (u, *D))[1](torch.ones_like(s))  # d/ds; jvp is slower where gradients run through
     x_s = x + _wide(s - t, x) * u.detach()
     v, div = _v_and_divergence(flow, velocity, x_s, s, probe, generator)
     u_target = v - _wide(s - t, x) * du
@@ -444,6 +444,7 @@ def ode_log_likelihood(velocity, x1, steps, probe="exact", euler=False, generato
 
 
 # ---------------------------------------------------------------------------------- backbones: nothing F2D2-specific
+_norm = lambda c: nn.GroupNorm(math.gcd(c, c // 4, 32), c)  # groups of four at least: of one, they forget every channel's size
 class MLP(nn.Module):
     """Backbone for vectors: x [B, data_dim], t and s [B] -> u [B, data_dim], features [B, width]."""
 
@@ -464,13 +465,12 @@ class Block(nn.Module):
 
     def __init__(self, c_in, c_out, embedding, dropout=0.0, attention=False, resize=None):
         super().__init__()
-        norm = lambda c: nn.GroupNorm(math.gcd(c, 32), c)
         self.resize = {None: nn.Identity(), "half": nn.AvgPool2d(2), "double": nn.Upsample(scale_factor=2)}[resize]
-        self.before = nn.Sequential(norm(c_in), nn.SiLU(), self.resize, nn.Conv2d(c_in, c_out, 3, padding=1), norm(c_out))
+        self.before = nn.Sequential(_norm(c_in), nn.SiLU(), self.resize, nn.Conv2d(c_in, c_out, 3, padding=1), _norm(c_out))
         self.modulate = nn.Linear(embedding, 2 * c_out)
         self.after = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.qkv = nn.Sequential(norm(c_out), nn.Conv2d(c_out, 3 * c_out, 1)) if attention else None
+        self.qkv = nn.Sequential(_norm(c_out), nn.Conv2d(c_out, 3 * c_out, 1)) if attention else None
         self.merge = nn.Conv2d(c_out, c_out, 1) if attention else None
         for last in filter(None, (self.after[-1], self.merge)):  # every block starts as its skip
             nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
@@ -494,7 +494,7 @@ class UNet(nn.Module):
         if image_size % 2 ** (len(multipliers) - 1):
             raise ValueError(f"image size {image_size} is no multiple of {2 ** (len(multipliers) - 1)}: use one, or fewer multipliers.")
         widths, e, c, skips = [channels * m for m in multipliers], 2 * channels, channels, [channels]
-        self.log_time, self.feature_dim = log_time, widths[-1] + widths[0]
+        self.log_time, self.feature_dim = log_time, widths[-1] + 2 * widths[0]
         self.embed = nn.Sequential(nn.Linear(8 + 2 * log_time, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
         self.stem, self.down, self.up = nn.Conv2d(3, c, 3, padding=1), nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
@@ -506,7 +506,7 @@ class UNet(nn.Module):
             for resize in ["double"] * (level < len(widths) - 1) + [None] * (blocks + 1):
                 self.up.append(Block(c + (0 if resize else skips.pop()), width, e, dropout, image_size >> level in attention, resize))
                 c = width
-        self.out = nn.Sequential(nn.GroupNorm(math.gcd(c, 32), c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
+        self.out = nn.Sequential(_norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
 
     def forward(self, x, t, s):
         e, h = self.embed(time_features(t, s, self.log_time)), self.stem(x)
@@ -516,5 +516,5 @@ class UNet(nn.Module):
         bottleneck = h.mean((2, 3))
         for block in self.up:
             h = block(h if isinstance(block.resize, nn.Upsample) else torch.cat([h, skips.pop()], 1), e)
-        h = self.out[:2](h)
-        return self.out[2](h), torch.cat([bottleneck, h.mean((2, 3))], 1)
+        h, size = self.out[:2](h), (h.square().mean((2, 3)) + 1e-4).log()  # log p hangs on the size, which the norm forgets
+        return self.out[2](h), torch.cat([bottleneck, h.mean((2, 3)), size], 1)
