@@ -296,7 +296,7 @@ def _term(prediction, target, weight, natural):
     """One loss: its scalar and, for logs, the unweighted squared residuals [B] (means over dimensions)."""
     _same_shape(target, prediction, "a target")
     residual = (prediction - target).square().flatten(1).mean(1) if prediction.dim() > 1 else (prediction - target).square()
-    weights = {"none": 1.0, "natural": natural**2, "adaptive": (residual.detach() + 1e-3) ** -0.75}
+    weights = {"none": 1.0, "natural": natural, "adaptive": (residual.detach() + 1e-3) ** -0.75}
     if weight not in weights:
         raise ValueError(f'unknown weight "{weight}": use {", ".join(weights)}.')
     return (weights[weight] * residual).mean(), residual.detach()
@@ -313,10 +313,10 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
 
     x1 [B, ...] data; condition None is the tangent condition alone (flow matching); joint=False the warm start, L_VM + L_u.
     teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero.
-    divergence_weight "natural" is ours, because a residual of D is a derivative in one time tau, and (1 - tau + delta)^2 counts
-    it per unit of log time; the semigroup's is a difference, and (s-t)^2 makes it nats of Phi_Z. "adaptive" is MeanFlow's.
-    x0, t, s may be given. `record`, a dict, receives the unweighted squared residuals per example and the times "t", "s".
-    Raises ValueError for an unknown option, and as JointFlowMap does."""
+    divergence_weight "natural" is ours, because D grows as 1 / (1 - time + delta) towards data: (1-t+delta)^2 on the diagonal, else
+    (1-tau+delta) (1-min(t,s)+delta), tau the time of the derivative; the semigroup's (s-t)^2 makes it nats of Phi_Z. "adaptive" is
+    MeanFlow's, for velocities: a divergence target has skewed noise, on which it is biased. x0, t, s may be given; `record`, a dict,
+    receives unweighted squared residuals per example and "t", "s". Raises ValueError for an unknown option, and as JointFlowMap."""
     if condition not in (None, *CONDITIONS):
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
     _check(x1)
@@ -327,12 +327,13 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
     f = flow if joint else lambda x, t, s: (flow(x, t, s)[0], None)  # the warm start
     n = len(x) if condition is None else max(1, round(diagonal * len(x)))
     m = min(n, len(x) - 1)  # a batch of one serves both parts
-    parts = [("vm", "div", 1 - t[:n] + DELTA, *tangent(f, x[:n], t[:n], teacher, None if teacher else v[:n], probe, generator))]
+    parts = [("vm", "div", (1 - t[:n] + DELTA) ** 2, *tangent(f, x[:n], t[:n], teacher, None if teacher else v[:n], probe, generator))]
     head = parts[0][3][1] is not None
     if condition is not None:
         f_and_target = CONDITIONS[condition](f, x[m:], t[m:], s[m:], teacher, None if teacher else v[m:], probe if head else None,
                                              own_tangent, generator)
-        natural = {"semigroup": s - t, "eulerian": 1 - t + DELTA, "lagrangian": 1 - s + DELTA}[condition]
+        scale = 1 - torch.minimum(t, s) + DELTA  # D varies as 1 / scale
+        natural = {"semigroup": (s - t) ** 2, "eulerian": (1 - t + DELTA) * scale, "lagrangian": (1 - s + DELTA) * scale}[condition]
         parts.append(("u", "D", natural[m:], *f_and_target))
     losses, raw, d = {k: x.new_zeros(()) for k in ("vm", "u", "div", "D")}, {"t": t, "s": s}, x[0].numel()
     for name_u, name_D, natural, (u, D), (u_target, D_target) in parts:
@@ -511,8 +512,7 @@ class UNet(nn.Module):
     def forward(self, x, t, s):
         e, h = self.embed(time_features(t, s, self.log_time)), self.stem(x)
         skips = [h] + [h := block(h, e) for block in self.down]
-        for block in self.middle:
-            h = block(h, e)
+        h = self.middle[1](self.middle[0](h, e), e)
         bottleneck = h.mean((2, 3))
         for block in self.up:
             h = block(h if isinstance(block.resize, nn.Upsample) else torch.cat([h, skips.pop()], 1), e)

@@ -180,7 +180,7 @@ def load_checkpoint(parser, args, config):
 def stages(args):
     """[(name, steps, condition, loss options)]: the teacher, the warm start of the velocity part, all four losses."""
     condition, weight = CONDITION[args.method], "adaptive" if args.method == "meanflow" else "none"
-    kw = dict(probe="exact", diagonal=0.25, log_time=0.25, velocity_weight=weight, divergence_weight=weight.replace("none", "natural"))
+    kw = dict(probe="exact", diagonal=0.25, log_time=0.25, velocity_weight=weight)
     if args.paper:
         kw = dict(log_time=0.0, dyadic=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False,
                   direction="both" if args.method == "lsd" else "forward")

@@ -32,7 +32,7 @@ RECIPES = {
     "shortcut": DISTILL,
     "shortcut-distill": DISTILL,
     "meanflow": DISTILL | dict(condition="eulerian", optimizer="Adam", lr=6e-4, batch_size=1024, steps=800_000, warmup=0.5, dropout=0.2,
-                               diagonal=0.25, weight=("adaptive", "adaptive")),
+                               diagonal=0.25, weight=("adaptive", "natural")),
     "lsd": DISTILL | dict(condition="lagrangian", batch_size=256, steps=800_000, warmup=0.5, dropout=0.0, clip=1.0, decay_after=35_000),
 }
 STEP_COUNTS, CHUNK, LARGE = (8, 4, 2, 1), 250, 2**28  # bytes above which a folder is cached in a file

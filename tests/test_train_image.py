@@ -92,7 +92,7 @@ def test_defaults_are_the_published_recipes():
     assert (args.dataset, args.method, args.image_size) == ("cifar10", "meanflow", 32)
     assert (args.lr, args.batch_size, args.dropout, args.steps) == (6e-4, 1024, 0.2, 800_000)
     assert config["model"] == dict(image_size=32, channels=128, blocks=4, dropout=0.2, head=True, ours=True)
-    assert args.loss == dict(velocity_weight="adaptive", divergence_weight="adaptive", diagonal=0.25, own_tangent=True, probe="dct")
+    assert args.loss == dict(velocity_weight="adaptive", divergence_weight="natural", diagonal=0.25, own_tangent=True, probe="dct")
     _, args = parse(["--paper"])
     settle(args, 1)
     assert args.times == dict(direction="forward", log_time=0.0, dyadic=0.0) and args.mirror
