@@ -313,8 +313,8 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
 
     x1 [B, ...] data; condition None is the tangent condition alone (flow matching); joint=False the warm start, L_VM + L_u.
     teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero.
-    divergence_weight "natural" is ours, because D grows as 1 / (1 - time + delta) towards data: (1-t+delta)^2 on the diagonal, else
-    (1-tau+delta) (1-min(t,s)+delta), tau the time of the derivative; the semigroup's (s-t)^2 makes it nats of Phi_Z. "adaptive" is
+    divergence_weight "natural" is ours, because D grows as 1/scale, scale = 1 - min(t,s) + delta, and its derivative in a time tau
+    as 1/(scale (1-tau+delta)): weight scale^2 on the diagonal and for the semigroup, else scale (1-tau+delta). "adaptive" is
     MeanFlow's, for velocities: a divergence target has skewed noise, on which it is biased. x0, t, s may be given; `record`, a dict,
     receives unweighted squared residuals per example and "t", "s". Raises ValueError for an unknown option, and as JointFlowMap."""
     if condition not in (None, *CONDITIONS):
@@ -333,7 +333,7 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
         f_and_target = CONDITIONS[condition](f, x[m:], t[m:], s[m:], teacher, None if teacher else v[m:], probe if head else None,
                                              own_tangent, generator)
         scale = 1 - torch.minimum(t, s) + DELTA  # D varies as 1 / scale
-        natural = {"semigroup": (s - t) ** 2, "eulerian": (1 - t + DELTA) * scale, "lagrangian": (1 - s + DELTA) * scale}[condition]
+        natural = scale * {"semigroup": scale, "eulerian": 1 - t + DELTA, "lagrangian": 1 - s + DELTA}[condition]
         parts.append(("u", "D", natural[m:], *f_and_target))
     losses, raw, d = {k: x.new_zeros(()) for k in ("vm", "u", "div", "D")}, {"t": t, "s": s}, x[0].numel()
     for name_u, name_D, natural, (u, D), (u_target, D_target) in parts:
