@@ -250,9 +250,8 @@ def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tange
     own, div = _v_and_divergence(flow, velocity, x, t, probe, generator)
     v = own if v is None else v
     with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():  # forked: both passes drop the same units
-        # no_grad and a second pass, instead of a graph through the jvp: the memory of a plain training step
         _, (du, *dD) = jvp(lambda x, t: _without_none(flow)(x, t, s), (x, t), (own if own_tangent else v, torch.ones_like(t)))
-    u, D = flow(x, t, s)
+    u, D = flow(x, t, s)  # a second pass instead of a graph through the jvp: the memory of a plain training step
     return (u, D), (v + _wide(s - t, x) * du, None if D is None else -div + (s - t) * dD[0])
 
 
@@ -296,7 +295,8 @@ def _term(prediction, target, weight, natural):
     """One loss: its scalar and, for logs, the unweighted squared residuals [B] (means over dimensions)."""
     _same_shape(target, prediction, "a target")
     residual = (prediction - target).square().flatten(1).mean(1) if prediction.dim() > 1 else (prediction - target).square()
-    weights = {"none": 1.0, "natural": natural, "adaptive": (residual.detach() + 1e-3) ** -0.75}
+    weights = {"none": 1.0, "natural": natural, "huber": 4 * natural * (1 + 1000 * natural * residual.detach()) ** -0.5,
+               "adaptive": (residual.detach() + 1e-3) ** -0.75}
     if weight not in weights:
         raise ValueError(f'unknown weight "{weight}": use {", ".join(weights)}.')
     return (weights[weight] * residual).mean(), residual.detach()
@@ -314,9 +314,9 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
     x1 [B, ...] data; condition None is the tangent condition alone (flow matching); joint=False the warm start, L_VM + L_u.
     teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero.
     divergence_weight "natural" is ours, because D grows as 1/scale, scale = 1 - min(t,s) + delta, and its derivative in a time tau
-    as 1/(scale (1-tau+delta)): weight scale^2 on the diagonal and for the semigroup, else scale (1-tau+delta). "adaptive" is
-    MeanFlow's, for velocities: a divergence target has skewed noise, on which it is biased. x0, t, s may be given; `record`, a dict,
-    receives unweighted squared residuals per example and "t", "s". Raises ValueError for an unknown option, and as JointFlowMap."""
+    as 1/(scale (1-tau+delta)): weight scale^2 on the diagonal and for the semigroup, else scale (1-tau+delta). "huber" (ours) grows
+    linearly with large residuals, "adaptive" is MeanFlow's for velocities: a probe's skewed noise would bias both. x0, t, s may be
+    given; the dict `record` receives "t", "s" and unweighted squared residuals. Raises ValueError as JointFlowMap."""
     if condition not in (None, *CONDITIONS):
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
     _check(x1)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from f2d2 import MLP, JointFlowMap, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample
 
 CONDITION = {"flow": None, "shortcut": "semigroup", "shortcut-distill": "semigroup", "meanflow": "eulerian", "lsd": "lagrangian"}
-TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 6000, 500, 12500
+TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 6000, 500, 13000
 WIDTH, DEPTH, BATCH, N_TEST, N_SAMPLES, N_GRID = 128, 4, 1024, 10_000, 200_000, 100
 STEP_COUNTS, ORACLE_STEPS = (8, 4, 2, 1), 64  # midpoint steps: doubling them moves log p by 0.004 nats on average
 
@@ -180,7 +180,7 @@ def load_checkpoint(parser, args, config):
 def stages(args):
     """[(name, steps, condition, loss options)]: the teacher, the warm start of the velocity part, all four losses."""
     condition, weight = CONDITION[args.method], "adaptive" if args.method == "meanflow" else "none"
-    kw = dict(probe="exact", diagonal=0.25, log_time=0.25, velocity_weight=weight)
+    kw = dict(probe="exact", diagonal=0.25, log_time=0.25, velocity_weight=weight, divergence_weight="huber")
     if args.paper:
         kw = dict(log_time=0.0, dyadic=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False,
                   direction="both" if args.method == "lsd" else "forward")

@@ -306,6 +306,8 @@ def test_natural_and_adaptive_weights(condition):
     tau = {"semigroup": torch.minimum(t, s), "eulerian": t, "lagrangian": s}[condition]
     torch.testing.assert_close(natural["D"], (record["D"] * (scale * (1 - tau + f2d2.DELTA))[4:]).mean())
     torch.testing.assert_close(natural["div"], (record["div"] * (1 - t[:4] + f2d2.DELTA) ** 2).mean())
+    huber, weight = f2d2_loss(flow, x1, condition, divergence_weight="huber", **kw), (scale * (1 - tau + f2d2.DELTA))[4:]
+    torch.testing.assert_close(huber["D"], (4 * weight * record["D"] / (1 + 1000 * weight * record["D"]).sqrt()).mean())
     adaptive = f2d2_loss(flow, x1, condition, velocity_weight="adaptive", divergence_weight="adaptive", **kw)
     for k in ("vm", "u", "div", "D"):
         torch.testing.assert_close(adaptive[k], (record[k] / (record[k] + 1e-3) ** 0.75).mean())
