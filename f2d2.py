@@ -313,10 +313,10 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
 
     x1 [B, ...] data; condition None is the tangent condition alone (flow matching); joint=False the warm start, L_VM + L_u.
     teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero.
-    divergence_weight "natural" is ours, because D grows as 1/scale, scale = 1 - min(t,s) + delta, and its derivative in a time tau
-    as 1/(scale (1-tau+delta)): weight scale^2 on the diagonal and for the semigroup, else scale (1-tau+delta). "huber" (ours) grows
-    linearly with large residuals, "adaptive" is MeanFlow's for velocities: a probe's skewed noise would bias both. x0, t, s may be
-    given; the dict `record` receives "t", "s" and unweighted squared residuals. Raises ValueError as JointFlowMap."""
+    divergence_weight "natural" is ours, because D grows as 1/scale towards data, scale = 1 - min(t,s) + delta: scale^2 for a residual of
+    D itself, scale (1-t+delta) or (1-s+delta)^2 for one that is its derivative in t or s. "huber" (ours) grows linearly with large
+    residuals, "adaptive" is MeanFlow's for velocities: a probe's skewed noise would bias both. x0, t, s may be given; the dict `record`
+    receives "t", "s" and unweighted squared residuals. Raises ValueError as JointFlowMap."""
     if condition not in (None, *CONDITIONS):
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
     _check(x1)
@@ -333,7 +333,7 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
         f_and_target = CONDITIONS[condition](f, x[m:], t[m:], s[m:], teacher, None if teacher else v[m:], probe if head else None,
                                              own_tangent, generator)
         scale = 1 - torch.minimum(t, s) + DELTA  # D varies as 1 / scale
-        natural = scale * {"semigroup": scale, "eulerian": 1 - t + DELTA, "lagrangian": 1 - s + DELTA}[condition]
+        natural = {"semigroup": scale**2, "eulerian": (1 - t + DELTA) * scale, "lagrangian": (1 - s + DELTA) ** 2}[condition]
         parts.append(("u", "D", natural[m:], *f_and_target))
     losses, raw, d = {k: x.new_zeros(()) for k in ("vm", "u", "div", "D")}, {"t": t, "s": s}, x[0].numel()
     for name_u, name_D, natural, (u, D), (u_target, D_target) in parts:
