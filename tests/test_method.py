@@ -458,6 +458,15 @@ def test_the_default_unet_has_50_to_60_million_parameters_and_a_small_head():
         f2d2.UNet(image_size=30)
 
 
+def test_the_head_sees_how_large_an_image_is():
+    """A fresh U-Net is its skips, linear in x: ten times the image is ln 100 more in the features of size."""
+    backbone = f2d2.UNet(8, 16, blocks=1)
+    x, t = 100 * torch.randn(2, 3, 8, 8), torch.rand(2)
+    size, larger = (backbone(scale * x, t, t)[1][:, -16:] for scale in (1, 10))
+    torch.testing.assert_close(larger - size, torch.full((2, 16), math.log(100)), atol=0.1, rtol=0)
+    assert all(m.num_channels // m.num_groups >= 4 for m in backbone.modules() if isinstance(m, nn.GroupNorm))
+
+
 def test_unet_derivatives_attention_included_against_central_differences_also_at_s_equal_t():
     flow, e = small_unet(), 1e-5
     x, dx, (t, _) = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.randn(2, 3, 8, 8, dtype=torch.float64), times(2)
