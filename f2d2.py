@@ -244,8 +244,7 @@ def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tange
 
     Shapes as in semigroup. `v` [B, ...] replaces the velocity in the target of u: x_1 - x_0, which is unbiased there because
     the identity is linear in v. As the tangent of d/dt its noise wrecks the D target: ours is u(x,t,t), which the divergence
-    pass computes anyway (own_tangent=False: x_1 - x_0, as in MeanFlow).
-    """
+    pass computes anyway (own_tangent=False: x_1 - x_0, as in MeanFlow)."""
     _check(x, t, s)
     own, div = _v_and_divergence(flow, velocity, x, t, probe, generator)
     v = own if v is None else v
@@ -260,11 +259,10 @@ def lagrangian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tan
     u = v(x_s,s) - (s-t) d/ds u(x,t,s),  D = -div v(x_s,s) - (s-t) d/ds D(x,t,s).
 
     Shapes as in semigroup. As in the published LSD code the gradient runs through d/ds u (not through x_s, not through
-    d/ds D): on the checkerboard that measured better. `v` and `own_tangent` are not used: x_1 - x_0 is not known at x_s.
-    """
+    d/ds D): on the checkerboard that measured better. `v` and `own_tangent` are not used: x_1 - x_0 is not known at x_s."""
     _check(x, t, s)
-    (u, *D), pull_back = vjp(lambda s: _without_none(flow)(x, t, s), s)
-    (du, *dD), = vjp(lambda w: pull_back(w)[0], (u, *D))[1](torch.ones_like(s))  # d/ds; jvp is slower where gradients run through
+    (u, *D), pull_back = vjp(lambda s: _without_none(flow)(x, t, s), s)  # w -> w^T df/ds is linear: pulling 1 back through it, at
+    (du, *dD), = vjp(lambda w: pull_back(w)[0], (u, *D))[1](torch.ones_like(s))  # any w, is df/ds, for less than a jvp with a graph
     x_s = x + _wide(s - t, x) * u.detach()
     v, div = _v_and_divergence(flow, velocity, x_s, s, probe, generator)
     u_target = v - _wide(s - t, x) * du
@@ -292,7 +290,11 @@ def sample_times(x, direction="both", log_time=0.5, dyadic=0.4, generator=None):
 
 
 def _term(prediction, target, weight, natural):
-    """One loss: its scalar and, for logs, the unweighted squared residuals [B] (means over dimensions)."""
+    """One loss: its scalar and, for logs, the unweighted squared residuals [B] (means over dimensions). Weights:
+    "natural", ours, because D grows as 1/scale towards data, scale = 1 - min(t,s) + delta: scale^2 for a residual of D itself (L_div,
+    semigroup), scale (1-t+delta) or (1-s+delta)^2 for one that is its derivative in t or s. "huber", ours: natural, but linear in
+    weighted residuals beyond 0.03; its factor 4, against L_u, is measured in 2-D. "adaptive": MeanFlow's, for velocities. The last two want
+    noiseless targets (probe="exact") when they weigh D: a probe's skewed noise biases them."""
     _same_shape(target, prediction, "a target")
     residual = (prediction - target).square().flatten(1).mean(1) if prediction.dim() > 1 else (prediction - target).square()
     weights = {"none": 1.0, "natural": natural, "huber": 4 * natural * (1 + 1000 * natural * residual.detach()) ** -0.5,
@@ -313,10 +315,8 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
 
     x1 [B, ...] data; condition None is the tangent condition alone (flow matching); joint=False the warm start, L_VM + L_u.
     teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero.
-    divergence_weight "natural" is ours, because D grows as 1/scale towards data, scale = 1 - min(t,s) + delta: scale^2 for a residual of
-    D itself, scale (1-t+delta) or (1-s+delta)^2 for one that is its derivative in t or s. "huber" (ours) grows linearly with large
-    residuals, "adaptive" is MeanFlow's for velocities: a probe's skewed noise would bias both. x0, t, s may be given; the dict `record`
-    receives "t", "s" and unweighted squared residuals. Raises ValueError as JointFlowMap."""
+    velocity_weight: "none" or "adaptive"; divergence_weight also "natural" or "huber", see _term. x0, t, s may be given; the dict
+    `record` receives "t", "s" and unweighted squared residuals [B]. Raises ValueError for an unknown option, and as JointFlowMap does."""
     if condition not in (None, *CONDITIONS):
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
     _check(x1)
@@ -332,7 +332,7 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
     if condition is not None:
         f_and_target = CONDITIONS[condition](f, x[m:], t[m:], s[m:], teacher, None if teacher else v[m:], probe if head else None,
                                              own_tangent, generator)
-        scale = 1 - torch.minimum(t, s) + DELTA  # D varies as 1 / scale
+        scale = 1 - torch.minimum(t, s) + DELTA
         natural = {"semigroup": scale**2, "eulerian": (1 - t + DELTA) * scale, "lagrangian": (1 - s + DELTA) ** 2}[condition]
         parts.append(("u", "D", natural[m:], *f_and_target))
     losses, raw, d = {k: x.new_zeros(()) for k in ("vm", "u", "div", "D")}, {"t": t, "s": s}, x[0].numel()

@@ -464,6 +464,7 @@ def test_the_head_sees_how_large_an_image_is():
     x, t = 100 * torch.randn(2, 3, 8, 8), torch.rand(2)
     size, larger = (backbone(scale * x, t, t)[1][:, -16:] for scale in (1, 10))
     torch.testing.assert_close(larger - size, torch.full((2, 16), math.log(100)), atol=0.1, rtol=0)
+    assert torch.autograd.grad(size.sum(), backbone.stem.weight)[0].abs().min() > 0
     assert all(m.num_channels // m.num_groups >= 4 for m in backbone.modules() if isinstance(m, nn.GroupNorm))
 
 
@@ -502,9 +503,18 @@ def test_a_whole_unet_step_without_a_stray_cpu_tensor(condition, where):
         assert all(p.grad.device.type == "meta" for p in flow.parameters())
 
 
+def test_both_passes_of_the_eulerian_drop_the_same_units():
+    flow, seen, (t, s) = small_flow(), [], times(3)
+
+    def noisy(x, t, s):
+        seen.append(torch.rand(5))
+        return flow(x, t, s)
+    f2d2.eulerian(noisy, torch.randn(3, 2).double(), t, s, velocity=flow.velocity)
+    assert len(seen) == 2 and torch.equal(*seen)
+
+
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_dropout_is_the_same_in_both_passes_of_the_eulerian(condition):
-    """The target of u at s = t is v exactly only if prediction and derivative see one network; here: the step is repeatable."""
+def test_a_step_with_dropout_is_repeatable(condition):
     flow = small_unet(dropout=0.5)
     x, (t, s) = torch.randn(3, 3, 8, 8, dtype=torch.float64), times(3)
     runs = []

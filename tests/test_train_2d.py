@@ -53,6 +53,17 @@ def test_the_paper_s_recipe_draws_uniform_times_in_every_stage():
             assert options["log_time"] == options["dyadic"] == 0.0
 
 
+@pytest.mark.parametrize("options, std", [([], 0.1), (["--paper"], 0.0), (["--no-teacher"], 0.0)], ids=str)
+def test_a_student_of_a_teacher_also_trains_off_the_data(tmp_path, monkeypatch, options, std):
+    stds, loss = {True: [], False: []}, train_2d.f2d2_loss
+    monkeypatch.setattr(Checkerboard, "sample", lambda self, n, generator, device: torch.zeros(n, 2, device=device))
+    monkeypatch.setattr(train_2d, "f2d2_loss", lambda net, x1, condition, *a, **kw: (
+        stds[condition is None].append(x1.std().item()), loss(net, x1, condition, *a, **kw))[1])
+    run(tmp_path, *options)
+    assert stds[False] and all(value == pytest.approx(std, rel=0.3) for value in stds[False])
+    assert not any(stds[True])  # the teacher sees the data as they are
+
+
 def test_a_finished_run_prints_its_table_again_and_trains_nothing(tmp_path, monkeypatch, capsys):
     first = run(tmp_path)
     monkeypatch.setattr(train_2d, "f2d2_loss", None)
