@@ -53,15 +53,20 @@ def test_the_paper_s_recipe_draws_uniform_times_in_every_stage():
             assert options["log_time"] == options["dyadic"] == 0.0
 
 
-@pytest.mark.parametrize("options, std", [([], 0.1), (["--paper"], 0.0), (["--no-teacher"], 0.0)], ids=str)
-def test_a_student_of_a_teacher_also_trains_off_the_data(tmp_path, monkeypatch, options, std):
-    stds, loss = {True: [], False: []}, train_2d.f2d2_loss
+@pytest.mark.parametrize("options, blurred", [([], True), (["--paper"], False), (["--no-teacher"], False)], ids=str)
+def test_a_student_of_a_teacher_also_trains_off_the_data(tmp_path, monkeypatch, options, blurred):
+    noise, loss = {True: [], False: []}, train_2d.f2d2_loss
     monkeypatch.setattr(Checkerboard, "sample", lambda self, n, generator, device: torch.zeros(n, 2, device=device))
     monkeypatch.setattr(train_2d, "f2d2_loss", lambda net, x1, condition, *a, **kw: (
-        stds[condition is None].append(x1.std().item()), loss(net, x1, condition, *a, **kw))[1])
+        noise[condition is None].append(x1.clone()), loss(net, x1, condition, *a, **kw))[1])
     run(tmp_path, *options)
-    assert stds[False] and all(value == pytest.approx(std, rel=0.3) for value in stds[False])
-    assert not any(stds[True])  # the teacher sees the data as they are
+    assert not any(x1.any() for x1 in noise[True])  # the teacher sees the data as they are
+    x1 = torch.cat(noise[False])
+    if not blurred:
+        assert not x1.any()
+    else:  # three quarters of std 0.1, a quarter of 0.4: E|x|^2 / 2 and P(|x| > 0.4), where only the quarter reaches
+        assert x1.square().mean().item() == pytest.approx(0.75 * 0.1**2 + 0.25 * 0.4**2, rel=0.3)
+        assert (x1.norm(dim=1) > 0.4).float().mean().item() == pytest.approx(0.25 * math.exp(-0.5), rel=0.3)
 
 
 def test_a_finished_run_prints_its_table_again_and_trains_nothing(tmp_path, monkeypatch, capsys):
