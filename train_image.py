@@ -204,7 +204,7 @@ def train(args, config, flow, teacher, data, rank, world, device):
     if args.compile:
         objective.compile()
     parallel = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=args.warmup > 0) if world > 1 else objective
-    first, stop, began = state["step"], [], time.time()
+    first, stop, began, cool = state["step"], [], time.time(), math.inf if args.paper else 4
 
     def save(step):
         part = path.with_suffix(".part")
@@ -219,13 +219,13 @@ def train(args, config, flow, teacher, data, rank, world, device):
 
     handlers = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
     for step in range(first + 1, args.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, step / max(1, min(10_000, args.steps // 20)), (recipe["decay_after"] / step) ** 0.5)
+        for group in optimizer.param_groups:  # up at the start; ours: down to zero in the last quarter, which D's errors need
+            ramp, left = step / max(1, min(10_000, args.steps // 20)), 1 - (step - 1) / args.steps
+            group["lr"] = args.lr * min(1, ramp, (recipe["decay_after"] / step) ** 0.5, cool * left)
         batch = draw(data, args, step, rank, world, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(args.amp)):
             loss, record = parallel(*batch, joint=step > args.warmup)
-        optimizer.zero_grad()
-        loss.backward()
+        optimizer.zero_grad(), loss.backward()
         norm = nn.utils.clip_grad_norm_([p for p in flow.parameters() if p.grad is not None], recipe["clip"]).item()
         if not math.isfinite(norm):
             raise BadInput(f"the loss is not finite at step {step}: {path} holds the last good state; try --init {path} --lr {args.lr / 3:g}.")

@@ -112,16 +112,17 @@ def test_a_stopped_run_resumes_bit_identically_and_may_be_extended(tmp_path, pho
 
     monkeypatch.setattr(train_image, "f2d2_loss", stopping)
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "parts", photos, *method, steps=5)
+        run(tmp_path / "parts", photos, *method, steps=6)
     assert stop.value.code == 128 + signal.SIGTERM and "the same command" in capsys.readouterr().out
     assert torch.load(tmp_path / "parts/latest.pt", weights_only=True)["step"] == 3
-    run(tmp_path / "parts", photos, *method, steps=5)
     parts = run(tmp_path / "parts", photos, *method, steps=6)
     assert parts["steps"] == whole["steps"]
     a, b = (torch.load(tmp_path / p / "latest.pt", weights_only=True) for p in ("whole", "parts"))
     for part in ("flow", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     assert len(calls) == 6
+    run(tmp_path / "parts", photos, *method, steps=7)
+    assert len(calls) == 7 and torch.load(tmp_path / "parts/latest.pt", weights_only=True)["step"] == 7
 
 
 def test_ctrl_c_saves_and_the_handlers_come_back(tmp_path, photos, monkeypatch):
@@ -163,6 +164,17 @@ def test_a_sampling_only_checkpoint_gains_a_head(tmp_path, photos, monkeypatch):
     (args, flow), state = seen[0], torch.load(tmp_path / "plain/latest.pt", weights_only=True)["ema"]
     assert args.warmup == 0 and flow.head is not None
     assert all(torch.equal(p, state["backbone." + k]) for k, p in flow.backbone.state_dict().items())
+
+
+def test_the_learning_rate_rises_and_in_the_last_quarter_falls_to_zero(tmp_path, photos, monkeypatch):
+    rates, step = [], torch.optim.RAdam.step
+    monkeypatch.setattr(torch.optim.RAdam, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1])
+    run(tmp_path / "ours", photos, "--method", "shortcut", steps=40)
+    assert rates[:30] == pytest.approx([0.5e-3] + 29 * [1e-3])
+    assert rates[30:] == pytest.approx([1e-3 * k / 10 for k in range(10, 0, -1)])
+    rates.clear()
+    run(tmp_path / "paper", photos, "--method", "shortcut", "--paper", steps=40)
+    assert rates[1:] == pytest.approx(39 * [1e-3])
 
 
 def test_averaged_weights_have_a_short_memory_early_on(tmp_path, photos):
