@@ -291,10 +291,10 @@ def sample_times(x, direction="both", log_time=0.5, dyadic=0.4, generator=None):
 
 def _term(prediction, target, weight, natural):
     """One loss: its scalar and, for logs, the unweighted squared residuals [B] (means over dimensions). Weights:
-    "natural", ours, because D grows as 1/scale towards data, scale = 1 - min(t,s) + delta: scale^2 for a residual of D itself (L_div,
-    semigroup), scale (1-t+delta) or (1-s+delta)^2 for one that is its derivative in t or s. "huber", ours: natural, but linear in
-    weighted residuals beyond 0.03; its factor 4, against L_u, is measured in 2-D. "adaptive": MeanFlow's, for velocities. The last two want
-    noiseless targets (probe="exact") when they weigh D: a probe's skewed noise biases them."""
+    "natural", ours, because all varies in ln(1-t) and D grows as 1/scale towards data, scale = 1 - min(t,s) + delta: for u 1 if the residual
+    is of u itself (L_VM, semigroup), (1-t+delta)/scale or ((1-s+delta)/scale)^2 if it is a derivative in t or s; for D scale^2 times that.
+    "huber", ours: natural, but linear in weighted residuals beyond 0.03; its factor 4, against L_u, is measured in 2-D. "adaptive": MeanFlow's,
+    for velocities. The last two want noiseless targets (probe="exact") when they weigh D: a probe's skewed noise biases them."""
     _same_shape(target, prediction, "a target")
     residual = (prediction - target).square().flatten(1).mean(1) if prediction.dim() > 1 else (prediction - target).square()
     weights = {"none": 1.0, "natural": natural, "huber": 4 * natural * (1 + 1000 * natural * residual.detach()) ** -0.5,
@@ -315,7 +315,7 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
 
     x1 [B, ...] data; condition None is the tangent condition alone (flow matching); joint=False the warm start, L_VM + L_u.
     teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero.
-    velocity_weight: "none" or "adaptive"; divergence_weight also "natural" or "huber", see _term. x0, t, s may be given; the dict
+    velocity_weight, divergence_weight: "none", "natural", "huber" or "adaptive", see _term. x0, t, s may be given; the dict
     `record` receives "t", "s" and unweighted squared residuals [B]. Raises ValueError for an unknown option, and as JointFlowMap does."""
     if condition not in (None, *CONDITIONS):
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
@@ -327,19 +327,19 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
     f = flow if joint else lambda x, t, s: (flow(x, t, s)[0], None)  # the warm start
     n = len(x) if condition is None else max(1, round(diagonal * len(x)))
     m = min(n, len(x) - 1)  # a batch of one serves both parts
-    parts = [("vm", "div", (1 - t[:n] + DELTA) ** 2, *tangent(f, x[:n], t[:n], teacher, None if teacher else v[:n], probe, generator))]
-    head = parts[0][3][1] is not None
+    tangents = tangent(f, x[:n], t[:n], teacher, None if teacher else v[:n], probe, generator)
+    parts, head = [("vm", "div", 1.0, 1 - t[:n] + DELTA, *tangents)], tangents[0][1] is not None
     if condition is not None:
         f_and_target = CONDITIONS[condition](f, x[m:], t[m:], s[m:], teacher, None if teacher else v[m:], probe if head else None,
                                              own_tangent, generator)
         scale = 1 - torch.minimum(t, s) + DELTA
-        natural = {"semigroup": scale**2, "eulerian": (1 - t + DELTA) * scale, "lagrangian": (1 - s + DELTA) ** 2}[condition]
-        parts.append(("u", "D", natural[m:], *f_and_target))
+        near = {"semigroup": scale / scale, "eulerian": (1 - t + DELTA) / scale, "lagrangian": ((1 - s + DELTA) / scale) ** 2}[condition]
+        parts.append(("u", "D", near[m:], scale[m:], *f_and_target))
     losses, raw, d = {k: x.new_zeros(()) for k in ("vm", "u", "div", "D")}, {"t": t, "s": s}, x[0].numel()
-    for name_u, name_D, natural, (u, D), (u_target, D_target) in parts:
-        losses[name_u], raw[name_u] = _term(u, u_target, velocity_weight, natural)
+    for name_u, name_D, near, scale, (u, D), (u_target, D_target) in parts:
+        losses[name_u], raw[name_u] = _term(u, u_target, velocity_weight, near)
         if head:
-            losses[name_D], raw[name_D] = _term(D / d, D_target / d, divergence_weight, natural)
+            losses[name_D], raw[name_D] = _term(D / d, D_target / d, divergence_weight, near * scale**2)
     if record is not None:
         record.update(raw)
     return losses

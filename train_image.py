@@ -24,15 +24,14 @@ from f2d2 import (JointFlowMap, UNet, bits_per_dim, dequantize, f2d2_loss, log_l
                   sample_times, self_guidance)
 
 # Published hyperparameters; `flow` and `shortcut` take those of Shortcut-Distill. `warmup`, the share of the steps that trains the
-# velocity part alone, is ours for meanflow and lsd, so are lsd's steps; `weight`: of the velocity and of the divergence residuals.
+# velocity part alone, is ours for meanflow and lsd, so are lsd's steps; `weight`: of the velocity residuals.
 DISTILL = dict(condition="semigroup", optimizer="RAdam", lr=1e-4, batch_size=512, steps=645_000, warmup=10 / 11, dropout=0.13,
-               ema=0.9999, diagonal=0.5, weight=("none", "natural"), clip=math.inf, decay_after=math.inf)
+               ema=0.9999, diagonal=0.5, weight="none", clip=math.inf, decay_after=math.inf)
 RECIPES = {
     "flow": DISTILL | dict(condition=None, steps=586_000),
-    "shortcut": DISTILL,
-    "shortcut-distill": DISTILL,
+    "shortcut": DISTILL, "shortcut-distill": DISTILL,
     "meanflow": DISTILL | dict(condition="eulerian", optimizer="Adam", lr=6e-4, batch_size=1024, steps=800_000, warmup=0.5, dropout=0.2,
-                               diagonal=0.25, weight=("adaptive", "natural")),
+                               diagonal=0.25, weight="adaptive"),
     "lsd": DISTILL | dict(condition="lagrangian", batch_size=256, steps=800_000, warmup=0.5, dropout=0.0, clip=1.0, decay_after=35_000),
 }
 STEP_COUNTS, CHUNK, LARGE = (8, 4, 2, 1), 250, 2**28  # bytes above which a folder is cached in a file
@@ -394,8 +393,9 @@ def settle(args, world):
         args.warmup = 0 if args.init or args.method == "flow" or args.no_divergence else int(recipe["warmup"] * args.steps)
     args.mirror, args.data_folder, args.image_size = args.mirror or forward, root, SIZES.get(args.dataset, args.image_size)
     args.out = args.out or (args.eval.parent if args.eval else Path(f"runs/image/{Path(args.dataset).name}-{args.method}-{args.seed}"))
-    args.loss = dict(velocity_weight=recipe["weight"][0], divergence_weight="none" if args.paper else recipe["weight"][1],
-                     diagonal=recipe["diagonal"], own_tangent=not args.paper, probe="rademacher" if args.paper else "dct")
+    args.loss = dict(velocity_weight="natural" if args.teacher and not args.paper else recipe["weight"],  # "adaptive" shrinks u there
+                     divergence_weight="none" if args.paper else "natural", diagonal=recipe["diagonal"], own_tangent=not args.paper,
+                     probe="rademacher" if args.paper else "dct")
     args.times = dict(direction="forward" if forward else "both") | (dict(log_time=0.0, dyadic=0.0) if args.paper else {})
     model = dict(image_size=args.image_size, channels=args.channels, blocks=args.blocks, dropout=args.dropout,
                  head=not args.no_divergence and args.method != "flow", ours=not args.paper)

@@ -301,11 +301,13 @@ def test_natural_and_adaptive_weights(condition):
     t, s = times(8)
     kw = dict(x0=torch.randn(8, 2).double(), t=t, s=s, probe="exact", record=record)
     x1 = torch.randn(8, 2).double()
-    natural = f2d2_loss(flow, x1, condition, divergence_weight="natural", **kw)
+    natural = f2d2_loss(flow, x1, condition, velocity_weight="natural", divergence_weight="natural", **kw)
     scale = torch.maximum(1 - t, 1 - s) + f2d2.DELTA
     weight = {"semigroup": scale**2, "eulerian": scale * (1 - t + f2d2.DELTA), "lagrangian": (1 - s + f2d2.DELTA) ** 2}[condition][4:]
     torch.testing.assert_close(natural["D"], (record["D"] * weight).mean())
     torch.testing.assert_close(natural["div"], (record["div"] * (1 - t[:4] + f2d2.DELTA) ** 2).mean())
+    torch.testing.assert_close(natural["vm"], record["vm"].mean())
+    torch.testing.assert_close(natural["u"], (record["u"] * weight / scale[4:] ** 2).mean())
     huber = f2d2_loss(flow, x1, condition, divergence_weight="huber", **kw)
     torch.testing.assert_close(huber["D"], (4 * weight * record["D"] / (1 + 1000 * weight * record["D"]).sqrt()).mean())
     adaptive = f2d2_loss(flow, x1, condition, velocity_weight="adaptive", divergence_weight="adaptive", **kw)
