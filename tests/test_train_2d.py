@@ -64,9 +64,9 @@ def test_a_student_of_a_teacher_also_trains_off_the_data(tmp_path, monkeypatch, 
     x1 = torch.cat(noise[False])
     if not blurred:
         assert not x1.any()
-    else:  # three quarters of std 0.1, a quarter of 0.4: E|x|^2 / 2 and P(|x| > 0.4), where only the quarter reaches
-        assert x1.square().mean().item() == pytest.approx(0.75 * 0.1**2 + 0.25 * 0.4**2, rel=0.3)
-        assert (x1.norm(dim=1) > 0.4).float().mean().item() == pytest.approx(0.25 * math.exp(-0.5), rel=0.3)
+    else:  # two thirds of std 0.1, a third of 0.4: E|x|^2 / 2 and P(|x| > 0.4), where only the third reaches
+        assert x1.square().mean().item() == pytest.approx((2 * 0.1**2 + 0.4**2) / 3, rel=0.3)
+        assert (x1.norm(dim=1) > 0.4).float().mean().item() == pytest.approx(math.exp(-0.5) / 3, rel=0.3)
 
 
 def test_a_finished_run_prints_its_table_again_and_trains_nothing(tmp_path, monkeypatch, capsys):
