@@ -1,6 +1,9 @@
 """train_2d.py end to end: every method for a few steps, resuming, the files it writes, what it refuses."""
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +70,17 @@ def test_a_student_of_a_teacher_also_trains_off_the_data(tmp_path, monkeypatch, 
     else:  # two thirds of std 0.1, a third of 0.4: E|x|^2 / 2 and P(|x| > 0.4), where only the third reaches
         assert x1.square().mean().item() == pytest.approx((2 * 0.1**2 + 0.4**2) / 3, rel=0.3)
         assert (x1.norm(dim=1) > 0.4).float().mean().item() == pytest.approx(math.exp(-0.5) / 3, rel=0.3)
+
+
+def test_the_table_of_systems_is_read_from_the_runs(tmp_path):
+    for seed in (0, 1):
+        run(tmp_path / str(seed), "--seed", str(seed))
+    run(tmp_path / "baseline", "--no-divergence")
+    script = Path(train_2d.__file__).parent / ".github/table.py"
+    rows = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(rows) == 2 + 2 * 5 and rows[-1].startswith("| checkerboard, lsd, no head, 1 seeds | 1 |")
+    mass = [json.loads((tmp_path / str(seed) / "metrics.json").read_text())["steps"]["8"]["mass"] for seed in (0, 1)]
+    assert f"| {sum(mass) / 2:.3f} ({min(mass):.3f} to {max(mass):.3f}) |" in rows[3]
 
 
 def test_a_finished_run_prints_its_table_again_and_trains_nothing(tmp_path, monkeypatch, capsys):
