@@ -332,8 +332,8 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
     if condition is not None:
         f_and_target = CONDITIONS[condition](f, x[m:], t[m:], s[m:], teacher, None if teacher else v[m:], probe if head else None,
                                              own_tangent, generator)
-        scale = 1 - torch.minimum(t, s) + DELTA
-        near = {"semigroup": scale / scale, "eulerian": (1 - t + DELTA) / scale, "lagrangian": ((1 - s + DELTA) / scale) ** 2}[condition]
+        scale = 1 - torch.minimum(t, s) + DELTA  # D varies as 1 / scale; near: the natural weight of u, see _term
+        near = {"semigroup": torch.ones_like(scale), "eulerian": (1 - t + DELTA) / scale, "lagrangian": ((1 - s + DELTA) / scale) ** 2}[condition]
         parts.append(("u", "D", near[m:], scale[m:], *f_and_target))
     losses, raw, d = {k: x.new_zeros(()) for k in ("vm", "u", "div", "D")}, {"t": t, "s": s}, x[0].numel()
     for name_u, name_D, near, scale, (u, D), (u_target, D_target) in parts:

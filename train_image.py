@@ -218,7 +218,7 @@ def train(args, config, flow, teacher, data, rank, world, device):
 
     handlers = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
     for step in range(first + 1, args.steps + 1):
-        for group in optimizer.param_groups:  # up at the start; ours: down to zero in the last quarter, which D's errors need
+        for group in optimizer.param_groups:  # up at the start; ours, a small gain: down to zero in the last quarter
             ramp, left = step / max(1, min(10_000, args.steps // 20)), 1 - (step - 1) / args.steps
             group["lr"] = args.lr * min(1, ramp, (recipe["decay_after"] / step) ** 0.5, cool * left)
         batch = draw(data, args, step, rank, world, device)
