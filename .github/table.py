@@ -23,4 +23,4 @@ print("| | steps | " + " | ".join(COLUMNS.values()) + " |\n" + "| --- " * (2 + l
 for name, ms in runs.items():
     for k in ["oracle", *ms[0]["steps"]]:
         rows = [m["oracle"] if k == "oracle" else m["steps"][k] for m in ms]
-        print(f"| {name}, {len(ms)} seeds | {k} | " + " | ".join(cell([row.get(c) for row in rows]) for c in COLUMNS) + " |")
+        print(f"| {name}, {len(ms)} seed{'s' * (len(ms) > 1)} | {k} | " + " | ".join(cell([row.get(c) for row in rows]) for c in COLUMNS) + " |")

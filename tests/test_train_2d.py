@@ -1,4 +1,5 @@
 """train_2d.py end to end: every method for a few steps, resuming, the files it writes, what it refuses."""
+import importlib
 import json
 import math
 import subprocess
@@ -13,6 +14,7 @@ import train_2d
 from f2d2 import ode_log_likelihood
 from train_2d import Checkerboard, Gaussians, main
 
+GITHUB = Path(train_2d.__file__).parent / ".github"
 STEPS = train_2d.JOINT_STEPS // 1000  # so that the teacher and the warm start take a few steps too
 
 
@@ -56,7 +58,27 @@ def test_the_paper_s_recipe_draws_uniform_times_in_every_stage():
             assert options["log_time"] == options["dyadic"] == 0.0
 
 
-@pytest.mark.parametrize("options, blurred", [([], True), (["--paper"], False), (["--no-teacher"], False)], ids=str)
+def test_huber_which_noise_would_bias_weighs_u_only_where_a_teacher_gives_the_targets():
+    weight = {"shortcut": "none", "shortcut-distill": "huber", "meanflow": "adaptive", "lsd": "none"}
+    for method, ours in weight.items():
+        for *_, options in train_2d.stages(train_2d.parse(["--method", method])[1])[method != "shortcut":]:
+            assert options["velocity_weight"] == ours
+        for *_, options in train_2d.stages(train_2d.parse(["--method", method, "--paper"])[1])[method != "shortcut":]:
+            assert options["velocity_weight"] == ("adaptive" if method == "meanflow" else "none")
+
+
+def test_every_ablation_edits_the_source_once(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(GITHUB))
+    ablate = importlib.import_module("ablate")
+    for name in ablate.ABLATIONS:
+        ablate.prepare(name, tmp_path)
+        changed = [file for file in ("f2d2.py", "train_2d.py") if (tmp_path / file).read_text() != (GITHUB.parent / file).read_text()]
+        assert bool(changed) == bool(ablate.ABLATIONS[name][1])
+        compile((tmp_path / "f2d2.py").read_text(), "f2d2.py", "exec"), compile((tmp_path / "train_2d.py").read_text(), "train_2d.py", "exec")
+        train_2d.parse(ablate.ABLATIONS[name][0].split())
+
+
+@pytest.mark.parametrize("options, blurred", [([], True), (["--paper"], False), (["--method", "lsd", "--no-teacher"], False)], ids=str)
 def test_a_student_of_a_teacher_also_trains_off_the_data(tmp_path, monkeypatch, options, blurred):
     noise, loss = {True: [], False: []}, train_2d.f2d2_loss
     monkeypatch.setattr(Checkerboard, "sample", lambda self, n, generator, device: torch.zeros(n, 2, device=device))
@@ -76,9 +98,8 @@ def test_the_table_of_systems_is_read_from_the_runs(tmp_path):
     for seed in (0, 1):
         run(tmp_path / str(seed), "--seed", str(seed))
     run(tmp_path / "baseline", "--no-divergence")
-    script = Path(train_2d.__file__).parent / ".github/table.py"
-    rows = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(rows) == 2 + 2 * 5 and rows[-1].startswith("| checkerboard, lsd, no head, 1 seeds | 1 |")
+    rows = subprocess.run([sys.executable, GITHUB / "table.py", tmp_path], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(rows) == 2 + 2 * 5 and rows[-1].startswith("| checkerboard, shortcut-distill, no head, 1 seed | 1 |")
     mass = [json.loads((tmp_path / str(seed) / "metrics.json").read_text())["steps"]["8"]["mass"] for seed in (0, 1)]
     assert f"| {sum(mass) / 2:.3f} ({min(mass):.3f} to {max(mass):.3f}) |" in rows[3]
 

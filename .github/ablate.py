@@ -1,0 +1,91 @@
+"""One thing changed in the 2-D run, trained and measured: python .github/ablate.py "no baseline" --seed 0 --steps 1000
+Without a name: the README's table, from the runs in runs/ablation. Every row is options of train_2d.py and edits of the source."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT, RUNS = Path(__file__).parent.parent, Path("runs/ablation")
+SCRATCH = ('elif name == "warm start" and velocity:', "elif False:")
+FORWARD = [("log_time=0.25, velocity", 'log_time=0.25, direction="forward", velocity'), ('args.paper and args.method != "lsd"', "True")]
+TWO = """class Two(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.u, self.D = MLP(2, width, DEPTH), MLP(2, width, DEPTH)
+
+    def forward(self, x, t, s):
+        return self.u(x, t, s)[0], self.D(x, t, s)[1]
+
+
+TARGETS = """
+ABLATIONS = {  # name: (options, [(old, new)]); each old occurs once in f2d2.py and train_2d.py together
+    "the default": ("", []),
+    "--paper": ("--paper", []),
+    "forward only, mirrored": ("", FORWARD),
+    "no log time": ("", [('"exact", diagonal=0.25, log_time=0.25', '"exact", diagonal=0.25, log_time=0.0'),
+                         ("MLP(2, WIDTH, DEPTH, ours), WIDTH, head, ours, ours", "MLP(2, WIDTH, DEPTH, False), WIDTH, head, ours, False")]),
+    "no dyadic times": ("", [('kw = dict(probe="exact"', 'kw = dict(dyadic=0.0, probe="exact"')]),
+    "no baseline": ("", [("WIDTH, head, ours, ours", "WIDTH, head, False, ours")]),
+    "L_u unweighted": ("", [('"shortcut-distill": "huber"', '"shortcut-distill": "none"')]),
+    "L_D unweighted": ("", [('divergence_weight="huber"', 'divergence_weight="none"')]),
+    "natural weight on L_D": ("", [('divergence_weight="huber"', 'divergence_weight="natural"')]),
+    "Rademacher probe": ("", [('probe="exact", diagonal', 'probe="rademacher", diagonal')]),
+    "Gaussian probe": ("", [('probe="exact", diagonal', 'probe="rademacher", diagonal'),
+                            ("torch.randint(0, 2, x.shape, device=x.device, generator=generator).to(x.dtype) * 2 - 1",
+                             "torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)")]),
+    "no noise on the data": ("", [("blur = 0.1 if", "blur = 0.0 if")]),
+    "no warm start": ("", [("JOINT_STEPS = 5500, 400,", "JOINT_STEPS = 5500, 0,")]),
+    "not from the teacher's weights": ("", [SCRATCH]),
+    "the same, u and D in two networks": ("", [SCRATCH, ("TARGETS = ", TWO), (">= WIDTH]", ">= 136]"), ("< WIDTH]", "< 136]"),
+        ("JointFlowMap(MLP(2, WIDTH, DEPTH, ours), WIDTH, head", "JointFlowMap(Two(136) if head else MLP(2, WIDTH, DEPTH), 136 if head else WIDTH, head")]),
+    "Adam alone": ("", [("torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0)", "torch.optim.Adam(hidden, lr=3e-3)")]),
+    "lsd": ("--method lsd", []),
+    "lsd, no gradient through ∂u/∂s": ("--method lsd", [("u_target = v - _wide(s - t, x) * du", "u_target = v - _wide(s - t, x) * du.detach()")]),
+    "meanflow": ("--method meanflow", []),
+    "meanflow, huber on L_u": ("--method meanflow", [('{"meanflow": "adaptive"', '{"meanflow": "huber"')]),
+    "meanflow --no-teacher": ("--method meanflow --no-teacher", []),
+    "the same, tangent x_1 - x_0": ("--method meanflow --no-teacher", [('kw = dict(probe="exact"', 'kw = dict(own_tangent=False, probe="exact"')]),
+}
+
+
+def prepare(name, folder):
+    """Writes the edited f2d2.py and train_2d.py into folder; raises ValueError for an edit that does not fit the source."""
+    sources = {file: (ROOT / file).read_text() for file in ("f2d2.py", "train_2d.py")}
+    for old, new in ABLATIONS[name][1]:
+        if (count := sum(text.count(old) for text in sources.values())) != 1:
+            raise ValueError(f'"{name}" edits "{old}", which occurs {count} times.')
+        sources = {file: text.replace(old, new) for file, text in sources.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in sources.items():
+        (folder / file).write_text(text)
+
+
+def table():
+    """One line a row: mean over seeds at 8, 4, 2, 1 steps, and the range at one step."""
+    print("| run | error against the oracle | of it at 1 step | mass | sample KL | oracle: NLL, KL |\n" + "| --- " * 6 + "|")
+    for name in ABLATIONS:
+        runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob(f"{slug(name)}-*/metrics.json"))]
+        if runs:
+            values = lambda key, k: [run["steps"][k][key] for run in runs]
+            mean = lambda key: " / ".join(f"{sum(values(key, k)) / len(runs):.3f}" for k in runs[0]["steps"])
+            one, oracle = values("mae_oracle", "1"), [sum(run["oracle"][key] for run in runs) / len(runs) for key in ("nll", "sample_kl")]
+            print(f"| {name} ({len(runs)}) | {mean('mae_oracle')} | {min(one):.3f} to {max(one):.3f} | {mean('mass')} | {mean('sample_kl')} | "
+                  f"{oracle[0]:.2f}, {oracle[1]:.2f} |")
+
+
+def slug(name):
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        table()
+    elif sys.argv[1] not in ABLATIONS:
+        sys.exit(f'no ablation is called "{sys.argv[1]}"; there are: {"; ".join(ABLATIONS)}.')
+    else:
+        name, options = sys.argv[1], sys.argv[2:]
+        seed = options[options.index("--seed") + 1] if "--seed" in options else "0"
+        folder = RUNS / f"{slug(name)}-{seed}"
+        prepare(name, folder)
+        command = [sys.executable, folder / "train_2d.py", *ABLATIONS[name][0].split(), *options, "--out", folder]
+        sys.exit(subprocess.run(command).returncode)
