@@ -1,5 +1,5 @@
 """F2D2 in two dimensions: train, print the table, draw the figure. Minutes on a laptop.
-python train_2d.py                                 Shortcut-Distill-F2D2 on the checkerboard, flow-matching teacher first
+python train_2d.py                                 LSD-F2D2 on the checkerboard, flow-matching teacher first
 python train_2d.py --method meanflow --no-teacher  any method, from data alone; --paper for the paper's own recipe
 """
 import argparse
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from f2d2 import MLP, JointFlowMap, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample
 
 CONDITION = {"flow": None, "shortcut": "semigroup", "shortcut-distill": "semigroup", "meanflow": "eulerian", "lsd": "lagrangian"}
-TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 5500, 400, 12000
+TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 5500, 400, 7500
 WIDTH, DEPTH, BATCH, N_TEST, N_SAMPLES, N_GRID = 192, 4, 1536, 10_000, 200_000, 100
 STEP_COUNTS, ORACLE_STEPS = (8, 4, 2, 1), 64  # midpoint steps: doubling them moves log p by 0.004 nats on average
 
@@ -137,7 +137,7 @@ def print_table(metrics):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=CONDITION, default="shortcut-distill", help="flow is plain flow matching; default shortcut-distill")
+    parser.add_argument("--method", choices=CONDITION, default="lsd", help="flow is plain flow matching; default lsd")
     parser.add_argument("--target", choices=TARGETS, default="checkerboard", help="default checkerboard")
     parser.add_argument("--no-divergence", action="store_true", help="the sampling-only baseline: no divergence head")
     parser.add_argument("--no-teacher", action="store_true", help="from data alone: v = x_1 - x_0 and the network's own div v")

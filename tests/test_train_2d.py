@@ -99,7 +99,7 @@ def test_the_table_of_systems_is_read_from_the_runs(tmp_path):
         run(tmp_path / str(seed), "--seed", str(seed))
     run(tmp_path / "baseline", "--no-divergence")
     rows = subprocess.run([sys.executable, GITHUB / "table.py", tmp_path], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(rows) == 2 + 2 * 5 and rows[-1].startswith("| checkerboard, shortcut-distill, no head, 1 seed | 1 |")
+    assert len(rows) == 2 + 2 * 5 and rows[-1].startswith("| checkerboard, lsd, no head, 1 seed | 1 |")
     mass = [json.loads((tmp_path / str(seed) / "metrics.json").read_text())["steps"]["8"]["mass"] for seed in (0, 1)]
     assert f"| {sum(mass) / 2:.3f} ({min(mass):.3f} to {max(mass):.3f}) |" in rows[3]
 
