@@ -199,7 +199,7 @@ def train(args, plan, teacher, flow, target, generator, state, save):
         # Muon for the hidden matrices, Adam for the rest: the loss of Adam alone after a third of its steps
         hidden = [p for p in net.parameters() if p.dim() == 2 and min(p.shape) >= WIDTH]
         rest = [p for p in net.parameters() if p.dim() != 2 or min(p.shape) < WIDTH]
-        both = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0), torch.optim.Adam(rest, lr=3e-3)
+        both = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1 * (condition == "semigroup")), torch.optim.Adam(rest, lr=3e-3)
         if done:
             [o.load_state_dict(saved) for o, saved in zip(both, state["optimizers"])]
         elif name == "warm start" and velocity:

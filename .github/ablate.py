@@ -40,7 +40,7 @@ ABLATIONS = {  # name: (options, [(old, new)]); each old occurs once in f2d2.py 
     "not from the teacher's weights": ("", [SCRATCH]),
     "the same, u and D in two networks": ("", [SCRATCH, ("TARGETS = ", TWO), (">= WIDTH]", ">= 136]"), ("< WIDTH]", "< 136]"),
         ("JointFlowMap(MLP(2, WIDTH, DEPTH, ours), WIDTH, head", "JointFlowMap(Two(136) if head else MLP(2, WIDTH, DEPTH), 136 if head else WIDTH, head")]),
-    "Adam alone": ("", [("torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0)", "torch.optim.Adam(hidden, lr=3e-3)")]),
+    "Adam alone": ("", [('torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1 * (condition == "semigroup"))', "torch.optim.Adam(hidden, lr=3e-3)")]),
     "no gradient through ∂u/∂s": ("", [("u_target = v - _wide(s - t, x) * du", "u_target = v - _wide(s - t, x) * du.detach()")]),
     "meanflow": ("--method meanflow", []),
     "meanflow, huber on L_u": ("--method meanflow", [('{"meanflow": "adaptive"', '{"meanflow": "huber"')]),
