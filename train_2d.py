@@ -179,10 +179,10 @@ def load_checkpoint(parser, args, config):
 
 def stages(args):
     """[(name, steps, condition, loss options)]: the teacher, the warm start of the velocity part, all four losses."""
-    condition, weight = CONDITION[args.method], {"meanflow": "adaptive", "shortcut-distill": "huber"}.get(args.method, "none")
-    kw = dict(probe="exact", diagonal=0.25, log_time=0.25, velocity_weight=weight, divergence_weight="huber")
+    condition, weight = CONDITION[args.method], "adaptive" if args.method == "meanflow" else "none"
+    kw = dict(probe="exact", diagonal=0.25, log_time=0.25, velocity_weight="huber" if args.method == "shortcut-distill" else weight, divergence_weight="huber")
     if args.paper:
-        kw = dict(log_time=0.0, dyadic=0.0, velocity_weight=weight.replace("huber", "none"), divergence_weight="none", own_tangent=False,
+        kw = dict(log_time=0.0, dyadic=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False,
                   direction="both" if args.method == "lsd" else "forward")
     plan = [] if args.no_teacher and condition else [("teacher", TEACHER_STEPS, None, {"dyadic": 0.0, "log_time": 0.0 if args.paper else 0.5})]
     if condition:
@@ -196,7 +196,7 @@ def train(args, plan, teacher, flow, target, generator, state, save):
         net, done, begin = teacher if name == "teacher" else flow, state.pop("step", 0), time.time()
         velocity = None if args.no_teacher or net is teacher else teacher.velocity
         blur = 0.1 if velocity and not args.paper else 0.0  # ours: a teacher teaches off the data too, and the mass there counts
-        # Muon for the hidden matrices, Adam for the rest: the loss of Adam alone after a third of its steps
+        # Muon for hidden matrices: Adam's loss in a third of the steps; weight decay: without it the semigroup's own targets blew up
         hidden = [p for p in net.parameters() if p.dim() == 2 and min(p.shape) >= WIDTH]
         rest = [p for p in net.parameters() if p.dim() != 2 or min(p.shape) < WIDTH]
         both = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1 * (condition == "semigroup")), torch.optim.Adam(rest, lr=3e-3)

@@ -67,6 +67,14 @@ def test_huber_which_noise_would_bias_weighs_u_only_where_a_teacher_gives_the_ta
             assert options["velocity_weight"] == ("adaptive" if method == "meanflow" else "none")
 
 
+def test_a_student_that_is_its_own_target_has_weight_decay(tmp_path, monkeypatch):
+    decay, muon = [], torch.optim.Muon
+    monkeypatch.setattr(torch.optim, "Muon", lambda *a, **kw: (decay.append(kw["weight_decay"]), muon(*a, **kw))[1])
+    run(tmp_path / "shortcut-distill", "--method", "shortcut-distill")
+    run(tmp_path / "lsd", "--method", "lsd")
+    assert decay == [0, 0.1, 0.1, 0, 0, 0]  # teacher, warm start, joint
+
+
 def test_every_ablation_edits_the_source_once(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(GITHUB))
     ablate = importlib.import_module("ablate")
