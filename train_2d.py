@@ -180,13 +180,13 @@ def load_checkpoint(parser, args, config):
 def stages(args):
     """[(name, steps, condition, loss options)]: the teacher, the warm start of the velocity part, all four losses."""
     condition, weight = CONDITION[args.method], "adaptive" if args.method == "meanflow" else "none"
-    kw = dict(probe="exact", diagonal=0.25, log_time=0.25, velocity_weight="huber" if args.method == "shortcut-distill" else weight, divergence_weight="huber")
+    kw = dict(probe="exact", diagonal=0.25, log_time=0.0 if args.method == "meanflow" else 0.25, divergence_weight="huber",
+              velocity_weight=weight if args.no_teacher or args.method == "lsd" else "huber")
     if args.paper:
         kw = dict(log_time=0.0, dyadic=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False,
                   direction="both" if args.method == "lsd" else "forward")
     plan = [] if args.no_teacher and condition else [("teacher", TEACHER_STEPS, None, {"dyadic": 0.0, "log_time": 0.0 if args.paper else 0.5})]
-    if condition:
-        plan += [("warm start", WARM_STEPS, condition, kw | {"joint": False}), ("joint", JOINT_STEPS, condition, kw)]
+    plan += [("warm start", WARM_STEPS, condition, kw | {"joint": False}), ("joint", JOINT_STEPS, condition, kw)] if condition else []
     return [(name, max(1, round(n * args.steps / JOINT_STEPS)), condition, kw) for name, n, condition, kw in plan]
 
 
@@ -230,7 +230,8 @@ def main(argv=None):
     path, metrics_path, ours = args.out / "checkpoint.pt", args.out / "metrics.json", not args.paper
     torch.manual_seed(args.seed)
     target, generator = TARGETS[args.target](), torch.Generator(args.device).manual_seed(args.seed)
-    build = lambda head: JointFlowMap(MLP(2, WIDTH, DEPTH, ours), WIDTH, head, ours, ours).to(args.device)
+    logs = ours and args.method != "meanflow"  # its d/dt of ln(1-t), up to 1/DELTA, blew up the jumps from t = 1
+    build = lambda head: JointFlowMap(MLP(2, WIDTH, DEPTH, logs), WIDTH, head, ours, logs).to(args.device)
     flow = build(not args.no_divergence)
     teacher, plan = flow if args.method == "flow" else build(False), stages(args)
     print(f"{args.out}: {sum(p.numel() for p in flow.parameters()):,} parameters; {BATCH:,} samples a step; steps: "
@@ -249,8 +250,7 @@ def main(argv=None):
     if not metrics_path.exists():
         velocity, mirror = (flow if args.no_teacher else teacher).velocity, args.paper and args.method != "lsd"
         measured, pictures = evaluate(target, flow, velocity, args.method != "flow", mirror, args.device)
-        metrics = dict(target=args.target, method=args.method, divergence_head=flow.head is not None, seed=args.seed,
-                       seconds=seconds(), **measured)
+        metrics = dict(target=args.target, method=args.method, divergence_head=flow.head is not None, seed=args.seed, seconds=seconds(), **measured)
         draw_figure(pictures, metrics, args.out / "figure.png")
         metrics_path.write_text(json.dumps(metrics, indent=1))
     print_table(json.loads(metrics_path.read_text()))

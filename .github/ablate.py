@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 ROOT, RUNS = Path(__file__).parent.parent, Path("runs/ablation")
-HUBER = 'velocity_weight="huber" if args.method == "shortcut-distill" else weight'
+HUBER = 'velocity_weight=weight if args.no_teacher or args.method == "lsd" else "huber"'
 SCRATCH = ('elif name == "warm start" and velocity:', "elif False:")
-FORWARD = [("log_time=0.25, velocity", 'log_time=0.25, direction="forward", velocity'), ('args.paper and args.method != "lsd"', "True")]
+FORWARD = [('kw = dict(probe="exact"', 'kw = dict(direction="forward", probe="exact"'), ('args.paper and args.method != "lsd"', "True")]
 TWO = """class Two(torch.nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -25,10 +25,9 @@ ABLATIONS = {  # name: (options, [(old, new)]); each old occurs once in f2d2.py 
     "shortcut-distill": ("--method shortcut-distill", []),
     "shortcut-distill, forward only, mirrored": ("--method shortcut-distill", FORWARD),
     "shortcut-distill, L_u unweighted": ("--method shortcut-distill", [(HUBER, "velocity_weight=weight")]),
-    "no log time": ("", [('"exact", diagonal=0.25, log_time=0.25', '"exact", diagonal=0.25, log_time=0.0'),
-                         ("MLP(2, WIDTH, DEPTH, ours), WIDTH, head, ours, ours", "MLP(2, WIDTH, DEPTH, False), WIDTH, head, ours, False")]),
+    "no log time": ("", [("else 0.25, divergence", "else 0.0, divergence"), ('logs = ours and args.method != "meanflow"', "logs = False")]),
     "no dyadic times": ("", [('kw = dict(probe="exact"', 'kw = dict(dyadic=0.0, probe="exact"')]),
-    "no baseline": ("", [("WIDTH, head, ours, ours", "WIDTH, head, False, ours")]),
+    "no baseline": ("", [("WIDTH, head, ours, logs", "WIDTH, head, False, logs")]),
     "huber on L_u": ("", [(HUBER, 'velocity_weight="huber"')]),
     "L_D unweighted": ("", [('divergence_weight="huber"', 'divergence_weight="none"')]),
     "natural weight on L_D": ("", [('divergence_weight="huber"', 'divergence_weight="natural"')]),
@@ -40,11 +39,12 @@ ABLATIONS = {  # name: (options, [(old, new)]); each old occurs once in f2d2.py 
     "no warm start": ("", [("JOINT_STEPS = 5500, 400,", "JOINT_STEPS = 5500, 0,")]),
     "not from the teacher's weights": ("", [SCRATCH]),
     "not from the teacher's weights, u and D in two networks": ("", [SCRATCH, ("TARGETS = ", TWO), (">= WIDTH]", ">= 136]"), ("< WIDTH]", "< 136]"),
-        ("JointFlowMap(MLP(2, WIDTH, DEPTH, ours), WIDTH, head", "JointFlowMap(Two(136) if head else MLP(2, WIDTH, DEPTH), 136 if head else WIDTH, head")]),
+        ("JointFlowMap(MLP(2, WIDTH, DEPTH, logs), WIDTH, head", "JointFlowMap(Two(136) if head else MLP(2, WIDTH, DEPTH), 136 if head else WIDTH, head")]),
     "Adam alone": ("", [('torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1 * (condition == "semigroup"))', "torch.optim.Adam(hidden, lr=3e-3)")]),
     "no gradient through ∂u/∂s": ("", [("u_target = v - _wide(s - t, x) * du", "u_target = v - _wide(s - t, x) * du.detach()")]),
     "meanflow": ("--method meanflow", []),
-    "meanflow, huber on L_u": ("--method meanflow", [(HUBER, 'velocity_weight="huber"')]),
+    "meanflow, adaptive weight on L_u": ("--method meanflow", [(HUBER, "velocity_weight=weight")]),
+    "meanflow, log time": ("--method meanflow", [('0.0 if args.method == "meanflow" else 0.25', "0.25"), ('logs = ours and args.method != "meanflow"', "logs = ours")]),
     "meanflow --no-teacher": ("--method meanflow --no-teacher", []),
     "meanflow --no-teacher, tangent x_1 - x_0": ("--method meanflow --no-teacher", [('kw = dict(probe="exact"', 'kw = dict(own_tangent=False, probe="exact"')]),
 }

@@ -59,12 +59,20 @@ def test_the_paper_s_recipe_draws_uniform_times_in_every_stage():
 
 
 def test_huber_which_noise_would_bias_weighs_u_only_where_a_teacher_gives_the_targets():
-    weight = {"shortcut": "none", "shortcut-distill": "huber", "meanflow": "adaptive", "lsd": "none"}
-    for method, ours in weight.items():
-        for *_, options in train_2d.stages(train_2d.parse(["--method", method])[1])[method != "shortcut":]:
-            assert options["velocity_weight"] == ours
-        for *_, options in train_2d.stages(train_2d.parse(["--method", method, "--paper"])[1])[method != "shortcut":]:
-            assert options["velocity_weight"] == ("adaptive" if method == "meanflow" else "none")
+    for options, ours in {"shortcut": "none", "shortcut-distill": "huber", "meanflow": "huber", "lsd": "none",
+                          "meanflow --no-teacher": "adaptive", "lsd --no-teacher": "none"}.items():
+        for _, _, condition, kw in train_2d.stages(train_2d.parse(["--method", *options.split()])[1]):
+            assert condition is None or kw["velocity_weight"] == ours
+    for method in train_2d.CONDITION:
+        for _, _, condition, kw in train_2d.stages(train_2d.parse(["--method", method, "--paper"])[1]):
+            assert condition is None or kw["velocity_weight"] == ("adaptive" if method == "meanflow" else "none")
+
+
+def test_meanflow_whose_time_derivative_log_times_blow_up_has_none(tmp_path):
+    for method, inputs in (("meanflow", 10), ("lsd", 12)):
+        run(tmp_path / method, "--method", method)
+        flow = torch.load(tmp_path / method / "checkpoint.pt", weights_only=True)["flow"]
+        assert flow["backbone.body.0.weight"].shape[1] == inputs
 
 
 def test_a_student_that_is_its_own_target_has_weight_decay(tmp_path, monkeypatch):
@@ -110,6 +118,19 @@ def test_the_table_of_systems_is_read_from_the_runs(tmp_path):
     assert len(rows) == 2 + 2 * 5 and rows[-1].startswith("| checkerboard, lsd, no head, 1 seed | 1 |")
     mass = [json.loads((tmp_path / str(seed) / "metrics.json").read_text())["steps"]["8"]["mass"] for seed in (0, 1)]
     assert f"| {sum(mass) / 2:.3f} ({min(mass):.3f} to {max(mass):.3f}) |" in rows[3]
+
+
+def test_self_guidance_is_measured_on_the_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(GITHUB))
+    guidance = importlib.import_module("guidance")
+    monkeypatch.setattr(guidance, "N", 500), monkeypatch.setattr(guidance, "N_ORACLE", 50)
+    monkeypatch.setattr(guidance, "SETTINGS", [(0, 0.0), (8, 1.0)])
+    run(tmp_path), capsys.readouterr()
+    guidance.main([tmp_path])
+    plain, guided = capsys.readouterr().out.splitlines()[2:]
+    assert plain.startswith("| checkerboard | 0 | 0.0 |") and guided.startswith("| checkerboard | 8 | 1.0 |")
+    log_p = [float(row.split("|")[4].split("/")[0]) for row in (plain, guided)]
+    assert log_p[1] > log_p[0] + 0.1  # eight steps of length one towards the likelier start
 
 
 def test_a_finished_run_prints_its_table_again_and_trains_nothing(tmp_path, monkeypatch, capsys):
