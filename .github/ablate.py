@@ -1,9 +1,10 @@
 """One thing changed in the 2-D run, trained and measured: python .github/ablate.py "no baseline" --seed 0 --steps 1000
 Without a name: the README's table, from the runs in runs/ablation. Every row is options of train_2d.py and edits of the source."""
-import json
 import subprocess
 import sys
 from pathlib import Path
+
+from table import read, several_systems
 
 ROOT, RUNS = Path(__file__).parent.parent, Path("runs/ablation")
 HUBER = 'velocity_weight=weight if args.no_teacher or args.method == "lsd" else "huber"'
@@ -62,26 +63,14 @@ def prepare(name, folder):
         (folder / file).write_text(text)
 
 
-def table():
-    """One line a row: mean over seeds at 8, 4, 2, 1 steps, and the range at one step."""
-    print("| run | error against the oracle | of it at 1 step | mass | sample KL | oracle: NLL, KL |\n" + "| --- " * 6 + "|")
-    for name in ABLATIONS:
-        runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob(f"{slug(name)}-*/metrics.json"))]
-        if runs:
-            values = lambda key, k: [run["steps"][k][key] for run in runs]
-            mean = lambda key: " / ".join(f"{sum(values(key, k)) / len(runs):.3f}" for k in runs[0]["steps"])
-            one, oracle = values("mae_oracle", "1"), [sum(run["oracle"][key] for run in runs) / len(runs) for key in ("nll", "sample_kl")]
-            print(f"| {name} ({len(runs)}) | {mean('mae_oracle')} | {min(one):.3f} to {max(one):.3f} | {mean('mass')} | {mean('sample_kl')} | "
-                  f"{oracle[0]:.2f}, {oracle[1]:.2f} |")
-
-
 def slug(name):
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
-        table()
+        runs = {name: read(RUNS.glob(f"{slug(name)}-*/metrics.json")) for name in ABLATIONS}
+        several_systems({name: seeds for name, seeds in runs.items() if seeds})
     elif sys.argv[1] not in ABLATIONS:
         sys.exit(f'no ablation is called "{sys.argv[1]}"; there are: {"; ".join(ABLATIONS)}.')
     else:
