@@ -398,7 +398,7 @@ def log_likelihood(flow, x1, steps, mirror=False):
 def self_guidance(flow, x0, lr=0.01, iterations=1):
     """Moves x0 [B, ...] to a likelier start: Adam on -log N(x0; 0, I) - D(x0, 0, 1), summed over the batch, D unscaled.
 
-    The paper takes one step; it publishes no lr, 0.01 is ours: in 2-D more, or more steps, collapse onto modes (README). Raises ValueError without a divergence head.
+    The paper takes one step and publishes no lr: 0.01 is ours, because more collapsed onto modes in 2-D. Raises ValueError without a head.
     """
     _check(x0)
     x0 = x0.detach().clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Self-guidance, measured: python .github/guidance.py RUN... prints the README's table from folders of train_2d.py (with a teacher and a head).
+"""Self-guidance, measured: python .github/guidance.py RUN... prints the README's table from folders of train_2d.py (lsd or shortcut-distill).
 Per target, iterations and lr, at 1 / 2 steps, means over the runs: log p of the samples and of their least likely hundredth by the
 oracle, the share off the support (less likely under the truth than all but 1 in 1,000 of its own samples), and the sample KL."""
 import sys
