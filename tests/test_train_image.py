@@ -1,10 +1,12 @@
 """train_image.py end to end on tiny stand-ins: data, training, resuming, several processes, evaluation, what it refuses."""
+import importlib
 import json
 import math
 import os
 import pickle
 import signal
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import torchvision
 from PIL import Image
 
 import train_image
-from f2d2 import f2d2_loss
+from f2d2 import JointFlowMap, f2d2_loss
 from train_image import Objective, build, draw, folder_blocks, frechet_distance, load_data, main, parse, settle, statistics
 
 TINY = ["--image-size", "8", "--channels", "4", "--blocks", "1", "--batch-size", "4", "--dropout", "0.1", "--lr", "1e-3",
@@ -455,3 +457,20 @@ def test_a_partial_download_of_imagenet_and_celeba(tmp_path, capsys):
     with pytest.raises(train_image.BadInput, match="000001.jpg"):
         load_data("celeba64", tmp_path, 64)
     assert not list(tmp_path.glob("*.u8"))
+
+
+def test_the_noise_of_a_probe_is_measured_on_a_checkpoint(teacher, photos, monkeypatch, capsys):
+    """With v = A x and S = (A + A^T) / 2 the variance is 2 sum_ij S_ij^2 for a Gaussian probe, 2 sum_{i!=j} S_ij^2 for signs."""
+    monkeypatch.syspath_prepend(str(Path(train_image.__file__).parent / ".github"))
+    probes = importlib.import_module("probes")
+    A = torch.randn(192, 192, generator=torch.Generator().manual_seed(0)) + 30 * torch.eye(192)
+    monkeypatch.setattr(probes, "IMAGES", 3)
+    monkeypatch.setattr(probes, "PROBES", 400)
+    monkeypatch.setattr(JointFlowMap, "velocity", lambda self, x, t: (x.flatten(1) @ A.T).reshape(x.shape))
+    probes.main(teacher, photos)
+    rows = {line.split("|")[1].strip(): [float(c) for c in line.split("|")[2:-1]] for line in capsys.readouterr().out.splitlines() if line[2] in "grd"}
+    symmetric = (A + A.T) / 2
+    off = 2 * (symmetric - symmetric.diag().diag()).square().sum()
+    for probe, variance in (("gaussian", 2 * symmetric.square().sum()), ("rademacher", off)):
+        assert rows[probe] == pytest.approx([variance.item() ** 0.5] * len(probes.TIMES), rel=0.12)
+    assert len(rows["dct"]) == len(probes.TIMES)
