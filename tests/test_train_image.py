@@ -6,6 +6,8 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +267,18 @@ def test_two_gloo_processes_give_the_gradients_of_one(tmp_path):
     for p, x, y in zip(objective.parameters(), a, b):
         assert torch.equal(x, y)
         torch.testing.assert_close(x, p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_torchrun_takes_the_steps_of_one_process(tmp_path, photos):
+    options = ["--method", "meanflow", "--warmup", "2", "--dropout", "0", "--batch-size", "8"]  # two steps without probes, whose noise is each rank's own
+    run(tmp_path / "one", photos, *options, steps=3)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train_image.__file__]
+    command = [*torchrun, *TINY, "--dataset", photos, "--data", photos, "--steps", "3", "--out", tmp_path / "two", *options]
+    subprocess.run([*map(str, command)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert [line["step"] for line in two] == [1, 2, 3] and "D" in two[2]
+    assert [line["grad_norm"] for line in two[:2]] == pytest.approx([line["grad_norm"] for line in one[:2]], rel=1e-4)
+    assert json.loads((tmp_path / "two/metrics.json").read_text())["step"] == 3
 
 
 # ------------------------------------------------------------------------------- data
