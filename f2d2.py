@@ -265,8 +265,7 @@ def lagrangian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tan
     (du, *dD), = vjp(lambda w: pull_back(w)[0], (u, *D))[1](torch.ones_like(s))  # any w, is df/ds, for less than a jvp with a graph
     x_s = x + _wide(s - t, x) * u.detach()
     v, div = _v_and_divergence(flow, velocity, x_s, s, probe, generator)
-    u_target = v - _wide(s - t, x) * du
-    return (u, D[0] if D else None), (u_target, -div - (s - t) * dD[0].detach() if D else None)
+    return (u, D[0] if D else None), (v - _wide(s - t, x) * du, -div - (s - t) * dD[0].detach() if D else None)
 
 
 CONDITIONS = {"semigroup": semigroup, "eulerian": eulerian, "lagrangian": lagrangian}
@@ -402,8 +401,7 @@ def self_guidance(flow, x0, lr=0.01, iterations=1):
     """
     _check(x0)
     x0 = x0.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([x0], lr=lr)
-    zero = x0.new_zeros(len(x0))
+    optimizer, zero = torch.optim.Adam([x0], lr=lr), x0.new_zeros(len(x0))
     for _ in range(iterations):
         with torch.enable_grad():
             D = flow(x0, zero, zero + 1)[1]
@@ -447,17 +445,19 @@ def ode_log_likelihood(velocity, x1, steps, probe="exact", euler=False, generato
 # ---------------------------------------------------------------------------------- backbones: nothing F2D2-specific
 _norm = lambda c: nn.GroupNorm(math.gcd(c, c // 4, 32), c)  # groups of four at least: of one, they forget every channel's size
 class MLP(nn.Module):
-    """Backbone for vectors: x [B, data_dim], t and s [B] -> u [B, data_dim], features [B, width]."""
+    """Backbone for vectors: x [B, data_dim], t and s [B] -> u [B, data_dim], features [B, width]. Sines and cosines of x and 2x, because
+    densities have edges (Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains")."""
 
     def __init__(self, data_dim=2, width=256, depth=4, log_time=True):
         super().__init__()
         self.log_time, self.feature_dim = log_time, width
-        sizes = [data_dim + 8 + 2 * log_time] + [width] * depth
+        sizes = [5 * data_dim + 8 + 2 * log_time] + [width] * depth
         self.body = nn.Sequential(*(m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.SiLU())))
         self.out = nn.Linear(width, data_dim)
 
     def forward(self, x, t, s):
-        features = self.body(torch.cat([x.flatten(1), time_features(t, s, self.log_time)], 1))
+        y = x.flatten(1)
+        features = self.body(torch.cat([y, y.sin(), y.cos(), (2 * y).sin(), (2 * y).cos(), time_features(t, s, self.log_time)], 1))
         return self.out(features).reshape(x.shape), features
 
 

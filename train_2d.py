@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from f2d2 import MLP, JointFlowMap, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample
 
 CONDITION = {"flow": None, "shortcut": "semigroup", "shortcut-distill": "semigroup", "meanflow": "eulerian", "lsd": "lagrangian"}
-TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 5500, 400, 7500
+TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 2000, 400, 8200
 WIDTH, DEPTH, BATCH, N_TEST, N_SAMPLES, N_GRID = 192, 4, 1536, 10_000, 200_000, 100
 STEP_COUNTS, ORACLE_STEPS = (8, 4, 2, 1), 64  # midpoint steps: doubling them moves log p by 0.004 nats on average
 
@@ -195,7 +195,7 @@ def train(args, plan, teacher, flow, target, generator, state, save):
     for stage, (name, steps, condition, kw) in list(enumerate(plan))[state["stage"] :]:
         net, done, begin = teacher if name == "teacher" else flow, state.pop("step", 0), time.time()
         velocity = None if args.no_teacher or net is teacher else teacher.velocity
-        blur = 0.1 if velocity and not args.paper else 0.0  # ours: a teacher teaches off the data too, and the mass there counts
+        blur = 0.05 if velocity and not args.paper else 0.0  # ours: a teacher teaches off the data too, and the mass there counts
         # Muon for hidden matrices: Adam's loss in a third of the steps; weight decay: without it the semigroup's own targets blew up
         hidden = [p for p in net.parameters() if p.dim() == 2 and min(p.shape) >= WIDTH]
         rest = [p for p in net.parameters() if p.dim() != 2 or min(p.shape) < WIDTH]
@@ -209,8 +209,8 @@ def train(args, plan, teacher, flow, target, generator, state, save):
                 peak = group.setdefault("initial_lr", group["lr"])
                 group["lr"] = peak * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
             record, x1 = {}, target.sample(BATCH, generator, args.device)
-            wide = torch.rand(BATCH, 1, generator=generator, device=x1.device) < 1 / 3  # a third of it four times as far off
-            x1 = x1 + blur * (1 + 3 * wide) * torch.randn(x1.shape, generator=generator, device=x1.device)
+            std = blur * 16 ** torch.rand(BATCH, 1, generator=generator, device=x1.device)  # log-uniform, 0.05 to 0.8
+            x1 = x1 + std * torch.randn(x1.shape, generator=generator, device=x1.device)
             losses = f2d2_loss(net, x1, condition, velocity, generator=generator, record=record, **kw)
             net.zero_grad(), sum(losses.values()).backward()
             both[0].step(), both[1].step()
