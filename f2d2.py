@@ -222,7 +222,7 @@ def tangent(flow, x, t, velocity=None, v=None, probe="rademacher", generator=Non
     return (u, D), (own if v is None else v, None if D is None else -div)
 
 
-def semigroup(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None):
+def semigroup(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None, through_dD=False):
     """Two half jumps make the whole (Shortcut models). With r = (t+s)/2 and x_r = Phi_X(x,t,r):
     u = 1/2 [u(x,t,r) + u(x_r,r,s)],  D = 1/2 [D(x,t,r) + D(x_r,r,s)].
 
@@ -238,7 +238,7 @@ def semigroup(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tang
     return (u, D), ((u1 + u2) / 2, None if D is None else (D1 + D2) / 2)
 
 
-def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None):
+def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None, through_dD=False):
     """Moving the start along the trajectory leaves the end where it is (MeanFlow). With d/dt the derivative along (v, 1):
     u = v + (s-t) d/dt u(x_t,t,s),  D = -div v(x_t,t) + (s-t) d/dt D(x_t,t,s).
 
@@ -254,18 +254,18 @@ def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tange
     return (u, D), (v + _wide(s - t, x) * du, None if D is None else -div + (s - t) * dD[0])
 
 
-def lagrangian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None):
+def lagrangian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None, through_dD=False):
     """Moving the end follows the velocity there (LSD). With x_s = Phi_X(x,t,s), stop-gradient:
     u = v(x_s,s) - (s-t) d/ds u(x,t,s),  D = -div v(x_s,s) - (s-t) d/ds D(x,t,s).
 
-    Shapes as in semigroup. As in the published LSD code the gradient runs through d/ds u (not through x_s, not through
-    d/ds D): on the checkerboard that measured better. `v` and `own_tangent` are not used: x_1 - x_0 is not known at x_s."""
+    Shapes as in semigroup. As in the published LSD code the gradient runs through d/ds u (not through x_s, not through d/ds D): on the
+    checkerboard that measured better. through_dD=True, ours, lets it run through d/ds D too, because on images D is less biased then.
+    `v` and `own_tangent` are not used: x_1 - x_0 is not known at x_s."""
     _check(x, t, s)
     (u, *D), pull_back = vjp(lambda s: _without_none(flow)(x, t, s), s)  # w -> w^T df/ds is linear: pulling 1 back through it, at
     (du, *dD), = vjp(lambda w: pull_back(w)[0], (u, *D))[1](torch.ones_like(s))  # any w, is df/ds, for less than a jvp with a graph
-    x_s = x + _wide(s - t, x) * u.detach()
-    v, div = _v_and_divergence(flow, velocity, x_s, s, probe, generator)
-    return (u, D[0] if D else None), (v - _wide(s - t, x) * du, -div - (s - t) * dD[0].detach() if D else None)
+    v, div = _v_and_divergence(flow, velocity, x + _wide(s - t, x) * u.detach(), s, probe, generator)  # at (x_s, s)
+    return (u, D[0] if D else None), (v - _wide(s - t, x) * du, -div - (s - t) * (dD[0] if through_dD else dD[0].detach()) if D else None)
 
 
 CONDITIONS = {"semigroup": semigroup, "eulerian": eulerian, "lagrangian": lagrangian}
@@ -305,7 +305,7 @@ def _term(prediction, target, weight, natural):
 
 def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, generator=None, joint=True, diagonal=0.5,
               direction="both", log_time=0.5, dyadic=0.4, velocity_weight="none", divergence_weight="natural", probe="rademacher",
-              own_tangent=True, record=None):
+              own_tangent=True, through_dD=False, record=None):
     """L_F2D2 = L_VM + L_u + L_div + L_D as {"vm", "u", "div", "D"}: scalars, whose sum is the objective.
 
     L_VM = E |u(x,t,t) - v|^2,  L_div = E |D(x,t,t) + div v|^2: the tangent condition, on a share `diagonal` of the batch
@@ -330,7 +330,7 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
     parts, head = [("vm", "div", 1.0, 1 - t[:n] + DELTA, *tangents)], tangents[0][1] is not None
     if condition is not None:
         f_and_target = CONDITIONS[condition](f, x[m:], t[m:], s[m:], teacher, None if teacher else v[m:], probe if head else None,
-                                             own_tangent, generator)
+                                             own_tangent, generator, through_dD)
         scale = 1 - torch.minimum(t, s) + DELTA  # D varies as 1 / scale; near: the natural weight of u, see _term
         near = {"semigroup": torch.ones_like(scale), "eulerian": (1 - t + DELTA) / scale, "lagrangian": ((1 - s + DELTA) / scale) ** 2}[condition]
         parts.append(("u", "D", near[m:], scale[m:], *f_and_target))

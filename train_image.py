@@ -124,11 +124,13 @@ def draw(data, args, step, rank, world, device):
     processes see the same batches; then the rank's own random stream, for probes and dropout."""
     torch.manual_seed((args.seed << 40) + (step << 12))
     n, own = args.batch_size, lambda x: x[rank::world].to(device)
-    images = data[own(torch.randint(len(data), (n,))).to(data.device)].to(device)
-    flip, noise, x0 = own(torch.rand(n, 1, 1, 1)), own(torch.rand(n, *data.shape[1:])), own(torch.randn(n, *data.shape[1:]))
+    pick = lambda: data[own(torch.randint(len(data), (n,))).to(data.device)].to(device)
+    images, flip, noise, x0 = pick(), own(torch.rand(n, 1, 1, 1)), own(torch.rand(n, *data.shape[1:])), own(torch.randn(n, *data.shape[1:]))
     t, s = sample_times(torch.zeros(n), **args.times)
     if args.paper and args.method == "meanflow":
         t, s = torch.sigmoid(2 + 2 * torch.randn(2, n)).sort(0).values  # 1 - t is logit-normal(-2, 2), as in MeanFlow
+    if args.teacher and not args.paper:  # ours, because a teacher teaches anywhere, and on its few images alone a student overfits: mixed pairs
+        images = torch.lerp(images.float(), pick().float(), own(torch.rand(n, 1, 1, 1))).round().byte()
     torch.manual_seed((args.seed << 40) + (step << 12) + 1 + rank)
     return dequantize(torch.where(flip < 0.5, images.flip(3), images), noise), x0, own(t), own(s)
 
@@ -152,8 +154,7 @@ def load_checkpoint(path, device):
 
 def load_model(path, device, size):
     """The averaged network of a checkpoint, frozen, with the checkpoint's `config` and `step`."""
-    state = load_checkpoint(path, device)
-    model = state["config"]["model"]
+    model = (state := load_checkpoint(path, device))["config"]["model"]
     if model["image_size"] != size:
         raise BadInput(f"{path} was trained on images of side {model['image_size']} and the data have {size}: use one of this size.")
     flow = build(model, device).eval().requires_grad_(False)
@@ -262,8 +263,7 @@ def frechet_distance(mean_a, S_a, mean_b, S_b):
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)); S_a S_b has the eigenvalues of S_a^(1/2) S_b S_a^(1/2)."""
     values, vectors = torch.linalg.eigh(S_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt()
-    return ((mean_a - mean_b).square().sum() + S_a.trace() + S_b.trace() - 2 * cross.sum()).item()
+    return ((mean_a - mean_b).square().sum() + (S_a + S_b).trace() - 2 * torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()).item()
 
 
 def fid_setup(args, train, device):
@@ -394,7 +394,7 @@ def settle(args, world):
     args.mirror, args.data_folder, args.image_size = args.mirror or forward, root, SIZES.get(args.dataset, args.image_size)
     args.out = args.out or (args.eval.parent if args.eval else Path(f"runs/image/{Path(args.dataset).name}-{args.method}-{args.seed}"))
     args.loss = dict(velocity_weight="natural" if args.teacher and not args.paper else recipe["weight"],  # "adaptive" shrinks u there
-                     divergence_weight="none" if args.paper else "natural", diagonal=recipe["diagonal"], own_tangent=not args.paper,
+                     divergence_weight="none" if args.paper else "natural", diagonal=recipe["diagonal"], own_tangent=not args.paper, through_dD=not args.paper,
                      probe="rademacher" if args.paper else "dct")
     args.times = dict(direction="forward" if forward else "both") | (dict(log_time=0.0, dyadic=0.0) if args.paper else {})
     model = dict(image_size=args.image_size, channels=args.channels, blocks=args.blocks, dropout=args.dropout,

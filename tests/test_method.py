@@ -255,6 +255,10 @@ def test_lagrangian_gradient_runs_through_d_ds_u_alone():
     by_a, by_b = torch.autograd.grad(u.sum(), (a, b), allow_unused=True)
     assert by_a is None or by_a == 0
     torch.testing.assert_close(by_b, -(wide(s - t, x) * x).sum())
+    _, (_, D) = f2d2.lagrangian(flow, x, t, s, probe="exact", through_dD=True)  # D = (a + b s) sum(x): likewise, on request
+    by_a, by_b = torch.autograd.grad(D.sum(), (a, b), allow_unused=True)
+    assert by_a is None or by_a == 0
+    torch.testing.assert_close(by_b, -((s - t) * x.sum(1)).sum())
 
 
 @pytest.mark.parametrize("condition", [None, *CONDITIONS])

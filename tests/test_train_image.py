@@ -96,7 +96,7 @@ def test_defaults_are_the_published_recipes():
     assert (args.dataset, args.method, args.image_size) == ("cifar10", "meanflow", 32)
     assert (args.lr, args.batch_size, args.dropout, args.steps) == (6e-4, 1024, 0.2, 800_000)
     assert config["model"] == dict(image_size=32, channels=128, blocks=4, dropout=0.2, head=True, ours=True)
-    assert args.loss == dict(velocity_weight="adaptive", divergence_weight="natural", diagonal=0.25, own_tangent=True, probe="dct")
+    assert args.loss == dict(velocity_weight="adaptive", divergence_weight="natural", diagonal=0.25, own_tangent=True, through_dD=True, probe="dct")
     _, args = parse(["--teacher", "latest.pt"])
     settle(args, 1)
     assert args.loss["velocity_weight"] == "natural"
@@ -104,7 +104,7 @@ def test_defaults_are_the_published_recipes():
     settle(args, 1)
     assert args.loss["velocity_weight"] == "adaptive"
     assert args.times == dict(direction="forward", log_time=0.0, dyadic=0.0) and args.mirror
-    assert (args.loss["divergence_weight"], args.loss["own_tangent"], args.loss["probe"]) == ("none", False, "rademacher")
+    assert [args.loss[k] for k in ("divergence_weight", "own_tangent", "through_dD", "probe")] == ["none", False, False, "rademacher"]
 
 
 def test_a_stopped_run_resumes_bit_identically_and_may_be_extended(tmp_path, photos, monkeypatch, capsys):
@@ -217,6 +217,16 @@ def test_ranks_share_one_global_batch_whatever_their_number(photos):
     for all_of_it, *parts in zip(whole, *halves):
         assert torch.equal(all_of_it, torch.stack(parts, 1).flatten(0, 1))
     assert not torch.equal(whole[0], draw(data, args, 8, 0, 1, "cpu")[0])
+
+
+def test_a_student_of_a_teacher_also_sees_mixtures_of_two_images(photos):
+    data = torch.tensor([0, 200], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 8, 8)  # one black, one bright
+    for options, mixed in (([], False), (["--teacher", "latest.pt"], True), (["--teacher", "latest.pt", "--paper"], False)):
+        _, args = parse(["--dataset", str(photos), *TINY, "--batch-size", "1000", *options])
+        settle(args, 1)
+        levels = train_image.to_bytes(draw(data, args, 1, 0, 1, "cpu")[0])[:, 0, 0, 0]
+        between = ((levels > 0) & (levels < 200)).double().mean().item()
+        assert between == pytest.approx(0.5 if mixed else 0.0, abs=0.05)  # the other is another image half of the time
 
 
 def _objective():
