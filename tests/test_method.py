@@ -443,7 +443,15 @@ def test_a_column_of_D_is_refused_not_broadcast():
         f2d2_loss(slip, torch.randn(6, 2).double(), "semigroup", probe="exact")
 
 
-# ------------------------------------------------------------------------------- the U-Net
+# ------------------------------------------------------------------------------- the backbones
+def test_the_mlp_sees_x_and_waves_of_x_and_2x():
+    net, x, (t, s), seen = f2d2.MLP(3, 16, 1).double(), torch.randn(5, 3).double(), times(5), []
+    net.body.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net(x, t, s)
+    torch.testing.assert_close(seen[0][:, :15], torch.cat([x] + [wave(k * x) for k in (1, 2) for wave in (torch.sin, torch.cos)], 1))
+    torch.testing.assert_close(seen[0][:, 15:], f2d2.time_features(t, s))
+
+
 def small_unet(dtype=torch.float64, **kw):
     backbone = f2d2.UNet(**dict(dict(image_size=8, channels=4, multipliers=(1, 2), blocks=1, attention=(4,)) | kw))
     flow = JointFlowMap(backbone, backbone.feature_dim).to(dtype)
