@@ -185,7 +185,7 @@ def picture(flow, x0, path, few_step_map):
     image = Image.new("RGB", (70 + sheet.width, sheet.height), "white")
     image.paste(sheet, (70, 0))
     for i, k in enumerate(STEP_COUNTS):
-        ImageDraw.Draw(image).text((8, (i + 0.5) * image.height / len(STEP_COUNTS)), f"{k} steps", fill="black", anchor="lm", font_size=14)
+        ImageDraw.Draw(image).text((8, (i + 0.5) * image.height / len(STEP_COUNTS)), f"{k} step{'s' * (k > 1)}", fill="black", anchor="lm", font_size=14)
     image.save(path)
 
 
