@@ -394,8 +394,8 @@ def settle(args, world):
     args.mirror, args.data_folder, args.image_size = args.mirror or forward, root, SIZES.get(args.dataset, args.image_size)
     args.out = args.out or (args.eval.parent if args.eval else Path(f"runs/image/{Path(args.dataset).name}-{args.method}-{args.seed}"))
     args.loss = dict(velocity_weight="natural" if args.teacher and not args.paper else recipe["weight"],  # "adaptive" shrinks u there
-                     divergence_weight="none" if args.paper else "natural", diagonal=recipe["diagonal"], own_tangent=not args.paper, through_dD=not args.paper,
-                     probe="rademacher" if args.paper else "dct")
+                     divergence_weight="none" if args.paper else "natural", diagonal=recipe["diagonal"], own_tangent=not args.paper,
+                     through_dD=not args.paper, probe="rademacher" if args.paper else "dct")
     args.times = dict(direction="forward" if forward else "both") | (dict(log_time=0.0, dyadic=0.0) if args.paper else {})
     model = dict(image_size=args.image_size, channels=args.channels, blocks=args.blocks, dropout=args.dropout,
                  head=not args.no_divergence and args.method != "flow", ours=not args.paper)
