@@ -312,10 +312,10 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
     L_u = E |u - u_target|^2,   L_D = E |D - D_target|^2: `condition` ("semigroup", "eulerian", "lagrangian"), on the rest
     Means over dimensions; D is compared per dimension, D/d, so that one learning rate serves 2 and 12,288 dimensions.
 
-    x1 [B, ...] data; condition None is the tangent condition alone (flow matching); joint=False the warm start, L_VM + L_u. teacher(x, t) ->
-    v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero. velocity_weight, divergence_weight:
-    "none", "natural", "huber" or "adaptive", see _term; own_tangent, through_dD: see eulerian, lagrangian. x0, t, s may be given; the dict
-    `record` receives "t", "s" and unweighted squared residuals [B]. Raises ValueError for an unknown option, and as JointFlowMap does."""
+    x1 [B, ...] data; condition None is the tangent condition alone (flow matching); joint=False the warm start, L_VM + L_u.
+    teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero. velocity_weight,
+    divergence_weight: "none", "natural", "huber" or "adaptive", see _term; own_tangent, through_dD: see the conditions. x0, t, s may be given; the
+    dict `record` receives "t", "s" and unweighted squared residuals [B]. Raises ValueError for an unknown option, and as JointFlowMap does."""
     if condition not in (None, *CONDITIONS):
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
     _check(x1)
