@@ -244,7 +244,7 @@ def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tange
 
     Shapes as in semigroup. `v` [B, ...] replaces the velocity in the target of u: x_1 - x_0, which is unbiased there because
     the identity is linear in v. As the tangent of d/dt its noise wrecks the D target: ours is u(x,t,t), which the divergence
-    pass computes anyway (own_tangent=False: x_1 - x_0, as in MeanFlow)."""
+    pass computes anyway (own_tangent=False: x_1 - x_0, as in MeanFlow). `through_dD` is not used."""
     _check(x, t, s)
     own, div = _v_and_divergence(flow, velocity, x, t, probe, generator)
     v = own if v is None else v
@@ -258,13 +258,13 @@ def lagrangian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tan
     """Moving the end follows the velocity there (LSD). With x_s = Phi_X(x,t,s), stop-gradient:
     u = v(x_s,s) - (s-t) d/ds u(x,t,s),  D = -div v(x_s,s) - (s-t) d/ds D(x,t,s).
 
-    Shapes as in semigroup. As in the published LSD code the gradient runs through d/ds u (not through x_s, not through d/ds D): on the
-    checkerboard that measured better. through_dD=True, ours, lets it run through d/ds D too, because on images D is less biased then.
-    `v` and `own_tangent` are not used: x_1 - x_0 is not known at x_s."""
+    Shapes as in semigroup. The gradient runs through d/ds u and not through x_s, as in the published LSD code (better on the checkerboard),
+    and through d/ds D if through_dD, ours, because on images D is less biased then. `v`, `own_tangent` are not used: no x_1 - x_0 at x_s."""
     _check(x, t, s)
     (u, *D), pull_back = vjp(lambda s: _without_none(flow)(x, t, s), s)  # w -> w^T df/ds is linear: pulling 1 back through it, at
     (du, *dD), = vjp(lambda w: pull_back(w)[0], (u, *D))[1](torch.ones_like(s))  # any w, is df/ds, for less than a jvp with a graph
-    v, div = _v_and_divergence(flow, velocity, x + _wide(s - t, x) * u.detach(), s, probe, generator)  # at (x_s, s)
+    x_s = x + _wide(s - t, x) * u.detach()
+    v, div = _v_and_divergence(flow, velocity, x_s, s, probe, generator)
     return (u, D[0] if D else None), (v - _wide(s - t, x) * du, -div - (s - t) * (dD[0] if through_dD else dD[0].detach()) if D else None)
 
 
