@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from f2d2 import MLP, JointFlowMap, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample
 
 CONDITION = {"flow": None, "shortcut": "semigroup", "shortcut-distill": "semigroup", "meanflow": "eulerian", "lsd": "lagrangian"}
-TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 2000, 400, 8200
-WIDTH, DEPTH, BATCH, N_TEST, N_SAMPLES, N_GRID = 192, 4, 1536, 10_000, 200_000, 100
+TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 4500, 500, 11500
+WIDTH, DEPTH, BATCH, N_TEST, N_SAMPLES, N_GRID = 192, 4, 768, 10_000, 200_000, 100
 STEP_COUNTS, ORACLE_STEPS = (8, 4, 2, 1), 64  # midpoint steps: doubling them moves log p by 0.004 nats on average
 
 
@@ -157,7 +157,7 @@ def parse(argv):
         parser.error(f"no device {args.device} on this machine: use --device cpu.")
     args.out = args.out or Path("runs/2d") / f"{args.target}-{args.method}-{args.seed}"
     args.no_divergence, args.no_teacher = args.no_divergence or args.method == "flow", args.no_teacher or args.method in ("flow", "shortcut")
-    return parser, args, {k: v for k, v in vars(args).items() if k not in ("out", "device")}
+    return parser, args, {k: v for k, v in vars(args).items() if k not in ("out", "device")} | dict(width=WIDTH, depth=DEPTH, batch=BATCH)
 
 
 def load_checkpoint(parser, args, config):
@@ -180,7 +180,7 @@ def load_checkpoint(parser, args, config):
 def stages(args):
     """[(name, steps, condition, loss options)]: the teacher, the warm start of the velocity part, all four losses."""
     condition, weight = CONDITION[args.method], "adaptive" if args.method == "meanflow" else "none"
-    kw = dict(probe="exact", diagonal=0.25, log_time=0.0 if args.method == "meanflow" else 0.25, divergence_weight="huber",
+    kw = dict(probe="exact", diagonal=0.25, log_time=0.0 if args.method == "meanflow" else 0.5, dyadic=0.0, divergence_weight="huber",
               velocity_weight=weight if args.no_teacher or args.method == "lsd" else "huber")
     if args.paper:
         kw = dict(log_time=0.0, dyadic=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False,
@@ -209,7 +209,7 @@ def train(args, plan, teacher, flow, target, generator, state, save):
                 peak = group.setdefault("initial_lr", group["lr"])
                 group["lr"] = peak * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
             record, x1 = {}, target.sample(BATCH, generator, args.device)
-            std = blur * 16 ** torch.rand(BATCH, 1, generator=generator, device=x1.device)  # log-uniform, 0.05 to 0.8
+            std = blur * 8 ** torch.rand(BATCH, 1, generator=generator, device=x1.device)  # log-uniform, 0.05 to 0.4
             x1 = x1 + std * torch.randn(x1.shape, generator=generator, device=x1.device)
             losses = f2d2_loss(net, x1, condition, velocity, generator=generator, record=record, **kw)
             net.zero_grad(), sum(losses.values()).backward()

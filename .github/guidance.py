@@ -14,14 +14,19 @@ SETTINGS = [(0, 0.0)] + [(iterations, lr) for lr in (0.01, 0.03, 0.1, 0.3) for i
 N, N_ORACLE = 100_000, 5_000
 
 
+def load(folder):
+    """The name of the target, the target, the flow map and its teacher, of a finished run."""
+    state = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+    flow, teacher = (JointFlowMap(MLP(2, train_2d.WIDTH, train_2d.DEPTH), train_2d.WIDTH, head) for head in (True, False))
+    flow.load_state_dict(state["flow"]), teacher.load_state_dict(state["teacher"])
+    return state["config"]["target"], train_2d.TARGETS[state["config"]["target"]](), flow, teacher
+
+
 def main(folders):
     table = {}
-    for folder in map(Path, folders):
-        state = torch.load(folder / "checkpoint.pt", weights_only=True)
-        name = state["config"]["target"]
-        target, generator = train_2d.TARGETS[name](), torch.Generator().manual_seed(7)
-        flow, teacher = (JointFlowMap(MLP(2, train_2d.WIDTH, train_2d.DEPTH), train_2d.WIDTH, head) for head in (True, False))
-        flow.load_state_dict(state["flow"]), teacher.load_state_dict(state["teacher"])
+    for folder in folders:
+        name, target, flow, teacher = load(folder)
+        generator = torch.Generator().manual_seed(7)
         x0 = torch.randn(N, 2, generator=generator)
         floor = target.log_prob(target.sample(N, generator, "cpu")).quantile(0.001)
         for iterations, lr in SETTINGS:

@@ -105,9 +105,9 @@ def test_a_student_of_a_teacher_also_trains_off_the_data(tmp_path, monkeypatch, 
     x1 = torch.cat(noise[False])
     if not blurred:
         assert not x1.any()
-    else:  # std log-uniform between 0.05 and 0.8: E std^2 and P(|x| > 0.2)
-        assert x1.square().mean().item() == pytest.approx((0.8**2 - 0.05**2) / (2 * math.log(16)), rel=0.3)
-        std = 0.05 * 16 ** torch.linspace(0, 1, 1001)
+    else:  # std log-uniform between 0.05 and 0.4: E std^2 and P(|x| > 0.2)
+        assert x1.square().mean().item() == pytest.approx((0.4**2 - 0.05**2) / (2 * math.log(8)), rel=0.3)
+        std = 0.05 * 8 ** torch.linspace(0, 1, 1001)
         assert (x1.norm(dim=1) > 0.2).float().mean().item() == pytest.approx(torch.exp(-0.5 * (0.2 / std) ** 2).mean().item(), rel=0.3)
 
 
@@ -133,6 +133,17 @@ def test_self_guidance_is_measured_on_the_runs(tmp_path, monkeypatch, capsys):
     assert plain.startswith("| checkerboard | 0 | 0.0 |") and guided.startswith("| checkerboard | 8 | 1.0 |")
     log_p = [float(row.split("|")[4].split("/")[0]) for row in (plain, guided)]
     assert log_p[1] > log_p[0] + 0.1  # eight steps of length one towards the likelier start
+
+
+def test_grids_of_few_steps_are_measured_on_the_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(GITHUB))
+    grids = importlib.import_module("grids")
+    monkeypatch.setattr(grids, "N_TEST", 50), monkeypatch.setattr(grids, "N_SAMPLES", 500)
+    run(tmp_path), capsys.readouterr()
+    grids.main([tmp_path])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("|")[2:4] for row in rows] == [[f" {k} ", f" {name} "] for k in (8, 4, 2) for name in ("uniform", "finer near the data")]
+    assert all(a.split("|")[4:] != b.split("|")[4:] for a, b in zip(rows[::2], rows[1::2]))
 
 
 def test_a_finished_run_prints_its_table_again_and_trains_nothing(tmp_path, monkeypatch, capsys):
