@@ -37,7 +37,7 @@ ABLATIONS = {  # name: (options, [(old, new)]); each old occurs once in f2d2.py 
                             ("torch.randint(0, 2, x.shape, device=x.device, generator=generator).to(x.dtype) * 2 - 1",
                              "torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)")]),
     "no noise on the data": ("", [("blur = 0.05 if", "blur = 0.0 if")]),
-    "no warm start": ("", [("JOINT_STEPS = 4500, 500,", "JOINT_STEPS = 4500, 0,")]),
+    "no warm start": ("", [("JOINT_STEPS = 3000, 500,", "JOINT_STEPS = 3000, 0,")]),
     "no Fourier features": ("", [("[y, y.sin(), y.cos(), (2 * y).sin(), (2 * y).cos(), ", "[y, "), ("sizes = [5 * data_dim", "sizes = [data_dim")]),
     "not from the teacher's weights": ("", [SCRATCH]),
     "not from the teacher's weights, u and D in two networks": ("", [SCRATCH, ("TARGETS = ", TWO), (">= WIDTH]", ">= 136]"), ("< WIDTH]", "< 136]"),
