@@ -277,14 +277,14 @@ def sample_times(x, direction="both", log_time=0.5, dyadic=0.4, generator=None):
 
     Both directions are ours, because a likelihood runs from t = 1 to 0: a map trained for s < t is exact there, the mirrored
     approximation is not. A share `log_time` of the pairs has 1 - t and 1 - s log-uniform in [0.001, 1], ours, see time_features.
-    A share `dyadic` of all times is a multiple of 1, 1/2, 1/4 or 1/8, ours, because few-step trajectories stop just there.
+    A share `dyadic` of all times (or a pair, of t and of s) is a multiple of 1, 1/2, 1/4 or 1/8, ours, because few-step trajectories stop there.
     """
     if direction not in ("both", "forward"):
         raise ValueError(f'unknown direction "{direction}": use "both" or "forward".')
     r = torch.rand(7, len(x), device=x.device, dtype=x.dtype, generator=generator)
     times, k = r[:2], 2 ** (4 * r[2:4]).floor()
     times = torch.where(r[4] < log_time, 1 - 0.001**times, times)
-    times = torch.where(r[5:] < dyadic, ((k + 1) * r[:2]).floor() / k, times)
+    times = torch.where(r[5:] < x.new_tensor(dyadic).reshape(-1, 1), ((k + 1) * r[:2]).floor() / k, times)
     return times.sort(0).values if direction == "forward" else times
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from table import read, several_systems
 
 ROOT, RUNS = Path(__file__).parent.parent, Path("runs/ablation")
-HUBER = 'velocity_weight=weight if args.no_teacher or args.method == "lsd" else "huber"'
+HUBER = 'velocity_weight=weight if args.no_teacher or lsd else "huber"'
 SCRATCH = ('elif name == "warm start" and velocity:', "elif False:")
 FORWARD = [('kw = dict(probe="exact"', 'kw = dict(direction="forward", probe="exact"'), ('args.paper and args.method != "lsd"', "True")]
 TWO = """class Two(torch.nn.Module):
@@ -26,8 +26,9 @@ ABLATIONS = {  # name: (options, [(old, new)]); each old occurs once in f2d2.py 
     "shortcut-distill": ("--method shortcut-distill", []),
     "shortcut-distill, forward only, mirrored": ("--method shortcut-distill", FORWARD),
     "shortcut-distill, L_u unweighted": ("--method shortcut-distill", [(HUBER, "velocity_weight=weight")]),
-    "no log time": ("", [("else 0.5, dyadic", "else 0.0, dyadic"), ('logs = ours and args.method != "meanflow"', "logs = False")]),
-    "dyadic times": ("", [("dyadic=0.0, divergence", "dyadic=0.4, divergence")]),
+    "no log time": ("", [('"meanflow" else 0.5,', '"meanflow" else 0.0,'), ('logs = ours and args.method != "meanflow"', "logs = False")]),
+    "no dyadic times": ("", [("dyadic=(0.3, 0.0)", "dyadic=(0.0, 0.0)")]),
+    "dyadic s too": ("", [("dyadic=(0.3, 0.0)", "dyadic=(0.3, 0.3)")]),
     "no baseline": ("", [("WIDTH, head, ours, logs", "WIDTH, head, False, logs")]),
     "huber on L_u": ("", [(HUBER, 'velocity_weight="huber"')]),
     "L_D unweighted": ("", [('divergence_weight="huber"', 'divergence_weight="none"')]),
@@ -47,7 +48,9 @@ ABLATIONS = {  # name: (options, [(old, new)]); each old occurs once in f2d2.py 
     "gradient through ∂D/∂s": ("", [('kw = dict(probe="exact"', 'kw = dict(through_dD=True, probe="exact"')]),
     "meanflow": ("--method meanflow", []),
     "meanflow, adaptive weight on L_u": ("--method meanflow", [(HUBER, "velocity_weight=weight")]),
-    "meanflow, log time": ("--method meanflow", [('0.0 if args.method == "meanflow" else 0.5', "0.5"), ('logs = ours and args.method != "meanflow"', "logs = ours")]),
+    "meanflow, log time": ("--method meanflow", [('log_time=0.0 if args.method == "meanflow" else 0.5', "log_time=0.5"), ('logs = ours and args.method != "meanflow"', "logs = ours")]),
+    "meanflow, dyadic s alone": ("--method meanflow", [('if lsd else 0.4,', 'if lsd else (0.0, 0.3),')]),
+    "shortcut-distill, no dyadic times": ("--method shortcut-distill", [('if lsd else 0.4,', 'if lsd else 0.0,')]),
     "meanflow --no-teacher": ("--method meanflow --no-teacher", []),
     "meanflow --no-teacher, tangent x_1 - x_0": ("--method meanflow --no-teacher", [('kw = dict(probe="exact"', 'kw = dict(own_tangent=False, probe="exact"')]),
 }

@@ -331,6 +331,8 @@ def test_sampled_times():
     for a in times:  # 0 and 1 with chance (1/2 + 1/3 + 1/5 + 1/9) / 4 each, all others multiples of 1/8
         assert [(a == end).double().mean().item() for end in (0, 1)] == pytest.approx([0.1144, 0.1144], abs=0.01)
         assert ((a * 8) % 1 == 0).double().mean().item() == pytest.approx(0.4, abs=0.015)
+    shares = [((a * 8) % 1 == 0).double().mean().item() for a in f2d2.sample_times(x, "both", 0.0, (0.4, 0.0))]
+    assert shares == pytest.approx([0.4, 0.0], abs=0.015)  # a pair: of t, of s
 
 
 # ------------------------------------------------------------------------------- bits, bytes, guidance, devices
