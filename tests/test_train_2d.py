@@ -184,7 +184,7 @@ def refused(capsys, *options):
     return capsys.readouterr().err
 
 
-def test_bad_input_is_refused_and_nothing_on_disk_is_touched(tmp_path, capsys):
+def test_bad_input_is_refused_and_nothing_on_disk_is_touched(tmp_path, capsys, monkeypatch):
     assert "checkerboard" in refused(capsys, "--target", "moons")
     assert "shortcut" in refused(capsys, "--method", "diffusion")
     assert "at least 1" in refused(capsys, "--steps", "0", "--out", tmp_path / "new")
@@ -196,6 +196,9 @@ def test_bad_input_is_refused_and_nothing_on_disk_is_touched(tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in (tmp_path / "lsd").iterdir()}
     err = refused(capsys, "--method", "meanflow", "--steps", STEPS, "--out", tmp_path / "lsd")
     assert "'method': 'lsd'" in err and "'method': 'meanflow'" in err
+    with monkeypatch.context() as patch:  # another version of this script, whose network or batch differs
+        patch.setattr(train_2d, "WIDTH", 48), patch.setattr(train_2d, "BATCH", 32)
+        assert "another experiment" in refused(capsys, "--method", "lsd", "--steps", STEPS, "--out", tmp_path / "lsd")
     assert {p.name: p.read_bytes() for p in (tmp_path / "lsd").iterdir()} == before
 
     for name, content in (("corrupt", b"not a checkpoint"), ("foreign", None), ("results", None)):
