@@ -1,5 +1,6 @@
 """One thing changed in the 2-D run, trained and measured: python .github/ablate.py "no baseline" --seed 0 --steps 1000
-Without a name: the README's table, from the runs in runs/ablation. Every row is options of train_2d.py and edits of the source."""
+Without a name: the README's table, from the runs in runs/ablation. Every row is options of train_2d.py and edits of the source; the
+teacher keeps its full number of steps, whatever --steps says, because a dull teacher is easy for any student."""
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from table import read, several_systems
 
 ROOT, RUNS = Path(__file__).parent.parent, Path("runs/ablation")
 HUBER = 'velocity_weight=weight if args.no_teacher or lsd else "huber"'
+WHOLE_TEACHER = ("round(n * args.steps / JOINT_STEPS)", 'n if name == "teacher" else round(n * args.steps / JOINT_STEPS)')
 SCRATCH = ('elif name == "warm start" and velocity:', "elif False:")
 FORWARD = [('kw = dict(probe="exact"', 'kw = dict(direction="forward", probe="exact"'), ('args.paper and args.method != "lsd"', "True")]
 TWO = """class Two(torch.nn.Module):
@@ -59,7 +61,7 @@ ABLATIONS = {  # name: (options, [(old, new)]); each old occurs once in f2d2.py 
 def prepare(name, folder):
     """Writes the edited f2d2.py and train_2d.py into folder; raises ValueError for an edit that does not fit the source."""
     sources = {file: (ROOT / file).read_text() for file in ("f2d2.py", "train_2d.py")}
-    for old, new in ABLATIONS[name][1]:
+    for old, new in [WHOLE_TEACHER, *ABLATIONS[name][1]]:
         if (count := sum(text.count(old) for text in sources.values())) != 1:
             raise ValueError(f'"{name}" edits "{old}", which occurs {count} times.')
         sources = {file: text.replace(old, new) for file, text in sources.items()}

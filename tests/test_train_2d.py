@@ -86,10 +86,12 @@ def test_a_student_that_is_its_own_target_has_weight_decay(tmp_path, monkeypatch
 def test_every_ablation_edits_the_source_once(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(GITHUB))
     ablate = importlib.import_module("ablate")
+    sources = lambda: [(tmp_path / file).read_text() for file in ("f2d2.py", "train_2d.py")]
+    ablate.prepare("the default", tmp_path)
+    default = sources()
     for name in ablate.ABLATIONS:
         ablate.prepare(name, tmp_path)
-        changed = [file for file in ("f2d2.py", "train_2d.py") if (tmp_path / file).read_text() != (GITHUB.parent / file).read_text()]
-        assert bool(changed) == bool(ablate.ABLATIONS[name][1])
+        assert (sources() != default) == bool(ablate.ABLATIONS[name][1])
         compile((tmp_path / "f2d2.py").read_text(), "f2d2.py", "exec"), compile((tmp_path / "train_2d.py").read_text(), "train_2d.py", "exec")
         train_2d.parse(ablate.ABLATIONS[name][0].split())
 
