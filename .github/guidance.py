@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from f2d2 import MLP, JointFlowMap, ode_log_likelihood, sample, self_guidance
 import train_2d
 
-SETTINGS = [(0, 0.0)] + [(iterations, lr) for lr in (0.01, 0.03, 0.1, 0.3) for iterations in (1, 2, 4, 8)]
+SETTINGS = [(0, 0.0)] + [(iterations, lr) for lr in (0.003, 0.005, 0.01, 0.03, 0.1, 0.3) for iterations in (1, 2, 4, 8)]
 N, N_ORACLE = 100_000, 5_000
 
 
