@@ -313,8 +313,8 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
     Means over dimensions; D is compared per dimension, D/d, so that one learning rate serves 2 and 12,288 dimensions.
 
     x1 [B, ...] data; condition None is the tangent condition alone (flow matching); joint=False the warm start, L_VM + L_u.
-    teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero. velocity_weight,
-    divergence_weight: "none", "natural", "huber" or "adaptive", see _term; own_tangent, through_dD: see the conditions. x0, t, s may be given; the
+    teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero. x0, t, s may be given.
+    See sample_times for direction, log_time, dyadic; _term for both weights; divergence for probe; a condition for own_tangent, through_dD. The
     dict `record` receives "t", "s" and unweighted squared residuals [B]. Raises ValueError for an unknown option, and as JointFlowMap does."""
     if condition not in (None, *CONDITIONS):
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
