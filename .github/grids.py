@@ -5,6 +5,7 @@ import sys
 import torch
 
 from guidance import load
+from table import mean, spread
 from f2d2 import log_likelihood, ode_log_likelihood, sample, time_grid
 from train_2d import N_GRID, ORACLE_STEPS, grid, sample_kl
 
@@ -28,7 +29,7 @@ def main(folders):
                 table.setdefault((name, steps, "finer near the data" if geometric else "uniform"), []).append([float(v) for v in row])
     print("| target | steps | grid | error against the oracle | mass | sample KL |\n" + "| --- " * 6 + "|")
     for key, rows in table.items():
-        print(f"| {' | '.join(map(str, key))} | " + " | ".join(f"{sum(v) / len(v):.3f} ({min(v):.3f}-{max(v):.3f})" for v in zip(*rows)) + " |")
+        print(f"| {' | '.join(map(str, key))} | " + " | ".join(f"{mean(v)} ({spread(v)})" for v in zip(*rows)) + " |")
 
 
 if __name__ == "__main__":
