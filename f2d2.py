@@ -272,19 +272,19 @@ CONDITIONS = {"semigroup": semigroup, "eulerian": eulerian, "lagrangian": lagran
 
 
 # ---------------------------------------------------------------------------------- L_F2D2 = L_VM + L_u + L_div + L_D
-def sample_times(x, direction="both", log_time=0.5, dyadic=0.4, generator=None):
+def sample_times(x, condition=None, direction="both", log_time=0.5, dyadic=0.4, generator=None):
     """t, s [len(x)] on x's device: uniform on the unit square; "forward" sorts them to t <= s, as in the paper.
 
     Both directions are ours, because a likelihood runs from t = 1 to 0: a map trained for s < t is exact there, the mirrored
     approximation is not. A share `log_time` of the pairs has 1 - t and 1 - s log-uniform in [0.001, 1], ours, see time_features.
-    A share `dyadic` of all times (or a pair, of t and of s) is a multiple of 1, 1/2, 1/4 or 1/8, ours, because few-step trajectories stop there.
-    """
+    A share `dyadic` of t and s is a multiple of 1, 1/2, 1/4 or 1/8, ours, because few-step trajectories stop there: not of the time in
+    which `condition` is a differential equation, t for "eulerian" and s for "lagrangian", because its solution needs all of them."""
     if direction not in ("both", "forward"):
         raise ValueError(f'unknown direction "{direction}": use "both" or "forward".')
     r = torch.rand(7, len(x), device=x.device, dtype=x.dtype, generator=generator)
-    times, k = r[:2], 2 ** (4 * r[2:4]).floor()
-    times = torch.where(r[4] < log_time, 1 - 0.001**times, times)
-    times = torch.where(r[5:] < x.new_tensor(dyadic).reshape(-1, 1), ((k + 1) * r[:2]).floor() / k, times)
+    k, share = 2 ** (4 * r[2:4]).floor(), x.new_tensor([[dyadic * (condition != "eulerian")], [dyadic * (condition != "lagrangian")]])
+    times = torch.where(r[4] < log_time, 1 - 0.001 ** r[:2], r[:2])
+    times = torch.where(r[5:] < share, ((k + 1) * r[:2]).floor() / k, times)
     return times.sort(0).values if direction == "forward" else times
 
 
@@ -319,7 +319,7 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
     if condition not in (None, *CONDITIONS):
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
     _check(x1)
-    t, s = sample_times(x1, direction, log_time, dyadic, generator) if t is None else (t, s)
+    t, s = sample_times(x1, condition, direction, log_time, dyadic, generator) if t is None else (t, s)
     _check(x1, t, s)
     x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator) if x0 is None else x0
     x, v = _wide(1 - t, x1) * x0 + _wide(t, x1) * x1, x1 - x0

@@ -181,7 +181,7 @@ def stages(args):
     """[(name, steps, condition, loss options)]: the teacher, the warm start of the velocity part, all four losses."""
     condition, weight, lsd = CONDITION[args.method], "adaptive" if args.method == "meanflow" else "none", args.method == "lsd"
     kw = dict(probe="exact", diagonal=0.25, divergence_weight="huber", log_time=0.0 if args.method == "meanflow" else 0.5,
-              dyadic=(0.3, 0.0) if lsd else 0.4, velocity_weight=weight if args.no_teacher or lsd else "huber")
+              dyadic=0.2 if condition == "semigroup" else 0.3, velocity_weight=weight if args.no_teacher or lsd else "huber")
     if args.paper:
         kw = dict(log_time=0.0, dyadic=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False,
                   direction="both" if lsd else "forward")
