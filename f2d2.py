@@ -222,7 +222,7 @@ def tangent(flow, x, t, velocity=None, v=None, probe="rademacher", generator=Non
     return (u, D), (own if v is None else v, None if D is None else -div)
 
 
-def semigroup(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None, through_dD=False):
+def semigroup(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None, through_dD=True):
     """Two half jumps make the whole (Shortcut models). With r = (t+s)/2 and x_r = Phi_X(x,t,r):
     u = 1/2 [u(x,t,r) + u(x_r,r,s)],  D = 1/2 [D(x,t,r) + D(x_r,r,s)].
 
@@ -238,7 +238,7 @@ def semigroup(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tang
     return (u, D), ((u1 + u2) / 2, None if D is None else (D1 + D2) / 2)
 
 
-def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None, through_dD=False):
+def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None, through_dD=True):
     """Moving the start along the trajectory leaves the end where it is (MeanFlow). With d/dt the derivative along (v, 1):
     u = v + (s-t) d/dt u(x_t,t,s),  D = -div v(x_t,t) + (s-t) d/dt D(x_t,t,s).
 
@@ -254,12 +254,12 @@ def eulerian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tange
     return (u, D), (v + _wide(s - t, x) * du, None if D is None else -div + (s - t) * dD[0])
 
 
-def lagrangian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None, through_dD=False):
+def lagrangian(flow, x, t, s, velocity=None, v=None, probe="rademacher", own_tangent=True, generator=None, through_dD=True):
     """Moving the end follows the velocity there (LSD). With x_s = Phi_X(x,t,s), stop-gradient:
     u = v(x_s,s) - (s-t) d/ds u(x,t,s),  D = -div v(x_s,s) - (s-t) d/ds D(x,t,s).
 
     Shapes as in semigroup. The gradient runs through d/ds u and not through x_s, as in the published LSD code (better on the checkerboard),
-    and through d/ds D if through_dD, ours, because on images D is less biased then. `v`, `own_tangent` are not used: no x_1 - x_0 at x_s."""
+    and through d/ds D, ours, because D errs less then (through_dD=False: as published). `v`, `own_tangent` are not used: no x_1 - x_0 at x_s."""
     _check(x, t, s)
     (u, *D), pull_back = vjp(lambda s: _without_none(flow)(x, t, s), s)  # w -> w^T df/ds is linear: pulling 1 back through it, at
     (du, *dD), = vjp(lambda w: pull_back(w)[0], (u, *D))[1](torch.ones_like(s))  # any w, is df/ds, for less than a jvp with a graph
@@ -305,7 +305,7 @@ def _term(prediction, target, weight, natural):
 
 def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, generator=None, joint=True, diagonal=0.5,
               direction="both", log_time=0.5, dyadic=0.4, velocity_weight="none", divergence_weight="natural", probe="rademacher",
-              own_tangent=True, through_dD=False, record=None):
+              own_tangent=True, through_dD=True, record=None):
     """L_F2D2 = L_VM + L_u + L_div + L_D as {"vm", "u", "div", "D"}: scalars, whose sum is the objective.
 
     L_VM = E |u(x,t,t) - v|^2,  L_div = E |D(x,t,t) + div v|^2: the tangent condition, on a share `diagonal` of the batch

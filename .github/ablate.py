@@ -48,7 +48,7 @@ ABLATIONS = {  # name: (options, [(old, new)]); each old occurs once in f2d2.py 
         ("JointFlowMap(MLP(2, WIDTH, DEPTH, logs), WIDTH, head", "JointFlowMap(Two(136) if head else MLP(2, WIDTH, DEPTH), 136 if head else WIDTH, head")]),
     "Adam alone": ("", [('torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1 * (condition == "semigroup"))', "torch.optim.Adam(hidden, lr=3e-3)")]),
     "no gradient through ∂u/∂s": ("", [("(v - _wide(s - t, x) * du,", "(v - _wide(s - t, x) * du.detach(),")]),
-    "gradient through ∂D/∂s": ("", [('kw = dict(probe="exact"', 'kw = dict(through_dD=True, probe="exact"')]),
+    "no gradient through ∂D/∂s": ("", [('kw = dict(probe="exact"', 'kw = dict(through_dD=False, probe="exact"')]),
     "meanflow": ("--method meanflow", []),
     "meanflow, adaptive weight on L_u": ("--method meanflow", [(HUBER, "velocity_weight=weight")]),
     "meanflow, log time": ("--method meanflow", [('log_time=0.0 if args.method == "meanflow" else 0.5', "log_time=0.5"), ('logs = ours and args.method != "meanflow"', "logs = ours")]),

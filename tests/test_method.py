@@ -238,15 +238,16 @@ def test_gradients_reach_both_heads_and_stop_at_teacher_and_target(condition, te
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_targets_carry_no_gradient_except_through_d_ds_u(condition):
+def test_targets_carry_no_gradient_except_through_d_ds(condition):
     flow = small_flow()
     x, (t, s) = torch.randn(6, 2).double(), times(6)
     _, (u, D) = f2d2.CONDITIONS[condition](flow, x, t, s, probe="exact")
-    assert not D.requires_grad
-    assert u.requires_grad == (condition == "lagrangian")
+    assert u.requires_grad == D.requires_grad == (condition == "lagrangian")
+    _, (u, D) = f2d2.CONDITIONS[condition](flow, x, t, s, probe="exact", through_dD=False)
+    assert u.requires_grad == (condition == "lagrangian") and not D.requires_grad
 
 
-def test_lagrangian_gradient_runs_through_d_ds_u_alone():
+def test_lagrangian_gradient_runs_through_d_ds_alone():
     """u = (a + b s) x has d/ds u = b x: the target's gradient is -(s-t) x by b, and none by a, which moves the end point."""
     a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 0.4))
     flow = lambda x, t, s: (wide(a + b * s, x) * x, (a + b * s) * x.sum(1))
@@ -255,7 +256,7 @@ def test_lagrangian_gradient_runs_through_d_ds_u_alone():
     by_a, by_b = torch.autograd.grad(u.sum(), (a, b), allow_unused=True)
     assert by_a is None or by_a == 0
     torch.testing.assert_close(by_b, -(wide(s - t, x) * x).sum())
-    _, (_, D) = f2d2.lagrangian(flow, x, t, s, probe="exact", through_dD=True)  # D = (a + b s) sum(x): likewise, on request
+    _, (_, D) = f2d2.lagrangian(flow, x, t, s, probe="exact")  # D = (a + b s) sum(x): likewise
     by_a, by_b = torch.autograd.grad(D.sum(), (a, b), allow_unused=True)
     assert by_a is None or by_a == 0
     torch.testing.assert_close(by_b, -((s - t) * x.sum(1)).sum())

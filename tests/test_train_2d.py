@@ -66,6 +66,7 @@ def test_huber_which_noise_would_bias_weighs_u_only_where_a_teacher_gives_the_ta
     for method in train_2d.CONDITION:
         for _, _, condition, kw in train_2d.stages(train_2d.parse(["--method", method, "--paper"])[1]):
             assert condition is None or kw["velocity_weight"] == ("adaptive" if method == "meanflow" else "none")
+            assert condition is None or not (kw["own_tangent"] or kw["through_dD"])
 
 
 def test_meanflow_whose_time_derivative_log_times_blow_up_has_none(tmp_path):
