@@ -273,7 +273,7 @@ CONDITIONS = {"semigroup": semigroup, "eulerian": eulerian, "lagrangian": lagran
 
 # ---------------------------------------------------------------------------------- L_F2D2 = L_VM + L_u + L_div + L_D
 def sample_times(x, condition=None, direction="both", log_time=0.5, dyadic=0.4, generator=None):
-    """t, s [len(x)] on x's device: uniform on the unit square; "forward" sorts them to t <= s, as in the paper.
+    """t, s [len(x)] on x's device: uniform on the unit square; "forward" sorts them to t <= s in the end, as in the paper.
 
     Both directions are ours, because a likelihood runs from t = 1 to 0: a map trained for s < t is exact there, the mirrored
     approximation is not. A share `log_time` of the pairs has 1 - t and 1 - s log-uniform in [0.001, 1], ours, see time_features.
