@@ -272,19 +272,15 @@ CONDITIONS = {"semigroup": semigroup, "eulerian": eulerian, "lagrangian": lagran
 
 
 # ---------------------------------------------------------------------------------- L_F2D2 = L_VM + L_u + L_div + L_D
-def sample_times(x, condition=None, direction="both", log_time=0.5, dyadic=0.4, generator=None):
-    """t, s [len(x)] on x's device: uniform on the unit square; "forward" sorts them to t <= s in the end, as in the paper.
+def sample_times(x, direction="both", log_time=0.5, generator=None):
+    """t, s [len(x)] on x's device: uniform on the unit square, or ("forward", as in the paper) on its half t <= s.
 
     Both directions are ours, because a likelihood runs from t = 1 to 0: a map trained for s < t is exact there, the mirrored
-    approximation is not. A share `log_time` of the pairs has 1 - t and 1 - s log-uniform in [0.001, 1], ours, see time_features.
-    A share `dyadic` of t and s is a multiple of 1, 1/2, 1/4 or 1/8, ours, because few-step trajectories stop there: not of the time in
-    which `condition` is a differential equation, t for "eulerian" and s for "lagrangian", because its solution needs all of them."""
+    approximation is not. A share `log_time` of the pairs has 1 - t and 1 - s log-uniform in [0.001, 1], ours, see time_features."""
     if direction not in ("both", "forward"):
         raise ValueError(f'unknown direction "{direction}": use "both" or "forward".')
-    r = torch.rand(7, len(x), device=x.device, dtype=x.dtype, generator=generator)
-    k, share = 2 ** (4 * r[2:4]).floor(), x.new_tensor([[dyadic * (condition != "eulerian")], [dyadic * (condition != "lagrangian")]])
-    times = torch.where(r[4] < log_time, 1 - 0.001 ** r[:2], r[:2])
-    times = torch.where(r[5:] < share, ((k + 1) * r[:2]).floor() / k, times)
+    r = torch.rand(3, len(x), device=x.device, dtype=x.dtype, generator=generator)
+    times = torch.where(r[2] < log_time, 1 - 0.001 ** r[:2], r[:2])
     return times.sort(0).values if direction == "forward" else times
 
 
@@ -304,7 +300,7 @@ def _term(prediction, target, weight, natural):
 
 
 def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, generator=None, joint=True, diagonal=0.5,
-              direction="both", log_time=0.5, dyadic=0.4, velocity_weight="none", divergence_weight="natural", probe="rademacher",
+              direction="both", log_time=0.5, velocity_weight="none", divergence_weight="natural", probe="rademacher",
               own_tangent=True, through_dD=True, record=None):
     """L_F2D2 = L_VM + L_u + L_div + L_D as {"vm", "u", "div", "D"}: scalars, whose sum is the objective.
 
@@ -314,12 +310,12 @@ def f2d2_loss(flow, x1, condition, teacher=None, *, x0=None, t=None, s=None, gen
 
     x1 [B, ...] data; condition None is the tangent condition alone (flow matching); joint=False the warm start, L_VM + L_u.
     teacher(x, t) -> v, else v = x_1 - x_0 and the network's own div u(x,t,t). Without a head "div" and "D" are zero. x0, t, s may be given.
-    See sample_times for direction, log_time, dyadic; _term for both weights; divergence for probe; a condition for own_tangent, through_dD. The
+    See sample_times for direction, log_time; _term for both weights; divergence for probe; a condition for own_tangent, through_dD. The
     dict `record` receives "t", "s" and unweighted squared residuals [B]. Raises ValueError for an unknown option, and as JointFlowMap does."""
     if condition not in (None, *CONDITIONS):
         raise ValueError(f'unknown condition "{condition}": use {", ".join(CONDITIONS)} or None.')
     _check(x1)
-    t, s = sample_times(x1, condition, direction, log_time, dyadic, generator) if t is None else (t, s)
+    t, s = sample_times(x1, direction, log_time, generator) if t is None else (t, s)
     _check(x1, t, s)
     x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator) if x0 is None else x0
     x, v = _wide(1 - t, x1) * x0 + _wide(t, x1) * x1, x1 - x0

@@ -181,11 +181,11 @@ def stages(args):
     """[(name, steps, condition, loss options)]: the teacher, the warm start of the velocity part, all four losses."""
     condition, weight, lsd = CONDITION[args.method], "adaptive" if args.method == "meanflow" else "none", args.method == "lsd"
     kw = dict(probe="exact", diagonal=0.25, divergence_weight="huber", log_time=0.0 if args.method == "meanflow" else 0.5,
-              dyadic=0.2 if condition == "semigroup" else 0.3, velocity_weight=weight if args.no_teacher or lsd else "huber")
+              velocity_weight=weight if args.no_teacher or lsd else "huber")
     if args.paper:
-        kw = dict(log_time=0.0, dyadic=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False, through_dD=False,
+        kw = dict(log_time=0.0, velocity_weight=weight, divergence_weight="none", own_tangent=False, through_dD=False,
                   direction="both" if lsd else "forward")
-    plan = [] if args.no_teacher and condition else [("teacher", TEACHER_STEPS, None, {"dyadic": 0.0, "log_time": 0.0 if args.paper else 0.5})]
+    plan = [] if args.no_teacher and condition else [("teacher", TEACHER_STEPS, None, {"log_time": 0.0 if args.paper else 0.5})]
     plan += [("warm start", WARM_STEPS, condition, kw | {"joint": False}), ("joint", JOINT_STEPS, condition, kw)] if condition else []
     return [(name, max(1, round(n * args.steps / JOINT_STEPS)), condition, kw) for name, n, condition, kw in plan]
 

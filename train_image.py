@@ -396,7 +396,7 @@ def settle(args, world):
     args.loss = dict(velocity_weight="natural" if args.teacher and not args.paper else recipe["weight"],  # "adaptive" shrinks u there
                      divergence_weight="none" if args.paper else "natural", diagonal=recipe["diagonal"], own_tangent=not args.paper,
                      through_dD=not args.paper, probe="rademacher" if args.paper else "dct")
-    args.times = dict(condition=recipe["condition"], direction="forward" if forward else "both") | (dict(log_time=0.0, dyadic=0.0) if args.paper else {})
+    args.times = dict(direction="forward" if forward else "both", log_time=0.0 if args.paper else 0.5)
     model = dict(image_size=args.image_size, channels=args.channels, blocks=args.blocks, dropout=args.dropout,
                  head=not args.no_divergence and args.method != "flow", ours=not args.paper)
     return {**{k: getattr(args, k) for k in ("dataset", "method", "paper", "seed", "batch_size", "lr", "warmup", "amp")},

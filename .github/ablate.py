@@ -10,7 +10,6 @@ from table import read, several_systems
 ROOT, RUNS = Path(__file__).parent.parent, Path("runs/ablation")
 HUBER = 'velocity_weight=weight if args.no_teacher or lsd else "huber"'
 WHOLE_TEACHER = ("round(n * args.steps / JOINT_STEPS)", 'n if name == "teacher" else round(n * args.steps / JOINT_STEPS)')
-DYADIC = ('dyadic=0.2 if condition == "semigroup" else 0.3', "dyadic=0.0")
 SCRATCH = ('elif name == "warm start" and velocity:', "elif False:")
 FORWARD = [('kw = dict(probe="exact"', 'kw = dict(direction="forward", probe="exact"'), ('args.paper and args.method != "lsd"', "True")]
 TWO = """class Two(torch.nn.Module):
@@ -30,8 +29,6 @@ ABLATIONS = {  # name: (options, [(old, new)]); each old occurs once in f2d2.py 
     "shortcut-distill, forward only, mirrored": ("--method shortcut-distill", FORWARD),
     "shortcut-distill, L_u unweighted": ("--method shortcut-distill", [(HUBER, "velocity_weight=weight")]),
     "no log time": ("", [('"meanflow" else 0.5,', '"meanflow" else 0.0,'), ('logs = ours and args.method != "meanflow"', "logs = False")]),
-    "no dyadic times": ("", [DYADIC]),
-    "dyadic s too": ("", [('[dyadic * (condition != "lagrangian")]', "[dyadic]")]),
     "no baseline": ("", [("WIDTH, head, ours, logs", "WIDTH, head, False, logs")]),
     "huber on L_u": ("", [(HUBER, 'velocity_weight="huber"')]),
     "L_D unweighted": ("", [('divergence_weight="huber"', 'divergence_weight="none"')]),
@@ -52,8 +49,6 @@ ABLATIONS = {  # name: (options, [(old, new)]); each old occurs once in f2d2.py 
     "meanflow": ("--method meanflow", []),
     "meanflow, adaptive weight on L_u": ("--method meanflow", [(HUBER, "velocity_weight=weight")]),
     "meanflow, log time": ("--method meanflow", [('log_time=0.0 if args.method == "meanflow" else 0.5', "log_time=0.5"), ('logs = ours and args.method != "meanflow"', "logs = ours")]),
-    "meanflow, dyadic t too": ("--method meanflow", [('[dyadic * (condition != "eulerian")]', "[dyadic]")]),
-    "shortcut-distill, no dyadic times": ("--method shortcut-distill", [DYADIC]),
     "meanflow --no-teacher": ("--method meanflow --no-teacher", []),
     "meanflow --no-teacher, tangent x_1 - x_0": ("--method meanflow --no-teacher", [('kw = dict(probe="exact"', 'kw = dict(own_tangent=False, probe="exact"')]),
 }

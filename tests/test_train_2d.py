@@ -55,7 +55,7 @@ def test_the_paper_s_recipe_draws_uniform_times_in_every_stage():
     for method in train_2d.CONDITION:
         _, args, _ = train_2d.parse(["--method", method, "--paper"])
         for *_, options in train_2d.stages(args):
-            assert options["log_time"] == options["dyadic"] == 0.0
+            assert options["log_time"] == 0.0
 
 
 def test_huber_which_noise_would_bias_weighs_u_only_where_a_teacher_gives_the_targets():

@@ -103,7 +103,7 @@ def test_defaults_are_the_published_recipes():
     _, args = parse(["--paper", "--teacher", "latest.pt"])
     settle(args, 1)
     assert args.loss["velocity_weight"] == "adaptive"
-    assert args.times == dict(condition="eulerian", direction="forward", log_time=0.0, dyadic=0.0) and args.mirror
+    assert args.times == dict(direction="forward", log_time=0.0) and args.mirror
     assert [args.loss[k] for k in ("divergence_weight", "own_tangent", "through_dD", "probe")] == ["none", False, False, "rademacher"]
 
 
