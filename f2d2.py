@@ -288,11 +288,11 @@ def _term(prediction, target, weight, natural):
     """One loss: its scalar and, for logs, the unweighted squared residuals [B] (means over dimensions). Weights:
     "natural", ours, because all varies in ln(1-t) and D grows as 1/scale towards data, scale = 1 - min(t,s) + delta: for u 1 if the residual
     is of u itself (L_VM, semigroup), (1-t+delta)/scale or ((1-s+delta)/scale)^2 if it is a derivative in t or s; for D scale^2 times that.
-    "huber", ours: natural, but linear in weighted residuals beyond 0.03; its factor 4, against L_u, is measured in 2-D. "adaptive": MeanFlow's,
+    "huber", ours: natural, but linear in weighted residuals beyond 0.06; its factor 4, against L_u, is measured in 2-D. "adaptive": MeanFlow's,
     for velocities. "huber" wants noiseless targets, a teacher's and probe="exact", and so does "adaptive" on D: skewed noise biases them."""
     _same_shape(target, prediction, "a target")
     residual = (prediction - target).square().flatten(1).mean(1) if prediction.dim() > 1 else (prediction - target).square()
-    weights = {"none": 1.0, "natural": natural, "huber": 4 * natural * (1 + 1000 * natural * residual.detach()) ** -0.5,
+    weights = {"none": 1.0, "natural": natural, "huber": 4 * natural * (1 + 300 * natural * residual.detach()) ** -0.5,
                "adaptive": (residual.detach() + 1e-3) ** -0.75}
     if weight not in weights:
         raise ValueError(f'unknown weight "{weight}": use {", ".join(weights)}.')
