@@ -114,14 +114,6 @@ def test_a_student_of_a_teacher_also_trains_off_the_data(tmp_path, monkeypatch, 
         assert (x1.norm(dim=1) > 0.2).float().mean().item() == pytest.approx(torch.exp(-0.5 * (0.2 / std) ** 2).mean().item(), rel=0.3)
 
 
-def test_lsd_snaps_the_start_of_its_jumps_and_never_their_end(tmp_path, monkeypatch):
-    records, loss = [], train_2d.f2d2_loss
-    monkeypatch.setattr(train_2d, "f2d2_loss", lambda net, x1, condition, *a, **kw: (loss(net, x1, condition, *a, **kw), condition and records.append(kw["record"]))[0])
-    run(tmp_path)
-    share = lambda name: ((torch.cat([record[name] for record in records]) * 8) % 1 == 0).double().mean().item()
-    assert share("t") == pytest.approx(0.3, abs=0.06) and share("s") < 0.01
-
-
 def test_the_table_of_systems_is_read_from_the_runs(tmp_path):
     table = lambda: subprocess.run([sys.executable, GITHUB / "table.py", tmp_path], capture_output=True, text=True, check=True).stdout.splitlines()
     mass = [run(tmp_path / seed, "--seed", seed)["steps"]["8"]["mass"] for seed in "01"]
