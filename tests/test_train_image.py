@@ -97,6 +97,7 @@ def test_defaults_are_the_published_recipes():
     assert (args.lr, args.batch_size, args.dropout, args.steps) == (6e-4, 1024, 0.2, 800_000)
     assert config["model"] == dict(image_size=32, channels=128, blocks=4, dropout=0.2, head=True, ours=True)
     assert args.loss == dict(velocity_weight="adaptive", divergence_weight="natural", diagonal=0.25, own_tangent=True, through_dD=True, probe="dct")
+    assert args.times == dict(direction="both", log_time=0.5)
     _, args = parse(["--teacher", "latest.pt"])
     settle(args, 1)
     assert args.loss["velocity_weight"] == "natural"
