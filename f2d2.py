@@ -272,19 +272,15 @@ CONDITIONS = {"semigroup": semigroup, "eulerian": eulerian, "lagrangian": lagran
 
 
 # ---------------------------------------------------------------------------------- L_F2D2 = L_VM + L_u + L_div + L_D
-def _log_times(r, delta):
-    return (1 - delta * ((1 + 1 / delta) ** (1 - r) - 1)).clamp(0, 1)  # from 0 to 1 with r, ln(1 - t + delta) linear in r
-
-
 def sample_times(x, direction="both", log_time=0.5, generator=None):
     """t, s [len(x)] on x's device: uniform on the unit square, or ("forward", as in the paper) on its half t <= s.
 
     Both directions are ours, because a likelihood runs from t = 1 to 0: a map trained for s < t is exact there, the mirrored
-    approximation is not. A share `log_time` of the pairs is uniform in ln(1 - t + delta), ln(1 - s + delta), ours, see time_features."""
+    approximation is not. A share `log_time` of the pairs has 1 - t and 1 - s log-uniform in [0.001, 1], ours, see time_features."""
     if direction not in ("both", "forward"):
         raise ValueError(f'unknown direction "{direction}": use "both" or "forward".')
     r = torch.rand(3, len(x), device=x.device, dtype=x.dtype, generator=generator)
-    times = torch.where(r[2] < log_time, _log_times(r[:2], DELTA), r[:2])
+    times = torch.where(r[2] < log_time, 1 - 0.001 ** r[:2], r[:2])
     return times.sort(0).values if direction == "forward" else times
 
 
@@ -356,7 +352,7 @@ def time_grid(steps, x, geometric=False):
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1 or a tensor of times, got {steps}.")
     times = torch.linspace(0, 1, int(steps) + 1, device=x.device, dtype=x.dtype)
-    return _log_times(times, 0.01) if geometric else times
+    return (1 - 0.01 * (101 ** (1 - times) - 1)).clamp(0, 1) if geometric else times
 
 
 def _travel(flow, x, times, mirror=False):
