@@ -124,13 +124,11 @@ def draw(data, args, step, rank, world, device):
     processes see the same batches; then the rank's own random stream, for probes and dropout."""
     torch.manual_seed((args.seed << 40) + (step << 12))
     n, own = args.batch_size, lambda x: x[rank::world].to(device)
-    pick = lambda: data[own(torch.randint(len(data), (n,))).to(data.device)].to(device)
-    images, flip, noise, x0 = pick(), own(torch.rand(n, 1, 1, 1)), own(torch.rand(n, *data.shape[1:])), own(torch.randn(n, *data.shape[1:]))
+    images = data[own(torch.randint(len(data), (n,))).to(data.device)].to(device)
+    flip, noise, x0 = own(torch.rand(n, 1, 1, 1)), own(torch.rand(n, *data.shape[1:])), own(torch.randn(n, *data.shape[1:]))
     t, s = sample_times(torch.zeros(n), **args.times)
     if args.paper and args.method == "meanflow":
         t, s = torch.sigmoid(2 + 2 * torch.randn(2, n)).sort(0).values  # 1 - t is logit-normal(-2, 2), as in MeanFlow
-    if args.teacher and not args.paper:  # ours, because a teacher teaches anywhere, and on its few images alone a student overfits: mixed pairs
-        images = torch.lerp(images.float(), pick().float(), own(torch.rand(n, 1, 1, 1))).round().byte()
     torch.manual_seed((args.seed << 40) + (step << 12) + 1 + rank)
     return dequantize(torch.where(flip < 0.5, images.flip(3), images), noise), x0, own(t), own(s)
 
