@@ -220,6 +220,25 @@ def test_ranks_share_one_global_batch_whatever_their_number(photos):
     assert not torch.equal(whole[0], draw(data, args, 8, 0, 1, "cpu")[0])
 
 
+@pytest.mark.parametrize("options, forward", [
+    ("--method meanflow", False), ("--method lsd --teacher latest.pt", False), ("--method lsd --paper", False),
+    ("--method shortcut --paper", True), ("--method meanflow --paper", True),
+])
+def test_a_batch_is_images_of_the_data_noise_and_the_times_of_the_recipe(options, forward, photos):
+    _, args = parse(["--dataset", str(photos), *TINY, "--batch-size", "1000", *options.split()])
+    settle(args, 1)
+    data = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x1, x0, t, s = draw(data, args, 1, 0, 1, "cpu")
+    images = lambda x: {image.numpy().tobytes() for image in x}
+    assert images(train_image.to_bytes(x1)) == images(torch.cat([data, data.flip(3)]))
+    assert x0.mean().abs() < 0.02 and x0.std() == pytest.approx(1, abs=0.02)
+    share = (t < s).double().mean().item()
+    assert share == 1 if forward else share == pytest.approx(0.5, abs=0.05)
+    if args.paper and args.method == "meanflow":  # 1 - t is logit-normal(-2, 2)
+        logits = torch.logit(torch.cat([1 - t, 1 - s]))
+        assert logits.mean() == pytest.approx(-2, abs=0.2) and logits.std() == pytest.approx(2, abs=0.2)
+
+
 def _objective():
     torch.manual_seed(0)
     flow = build(dict(image_size=8, channels=4, blocks=1, dropout=0.0, head=True, ours=True), "cpu").double()
