@@ -1,11 +1,9 @@
 """F2D2 in two dimensions: train, print the table, draw the figure. Minutes on a laptop.
 python train_2d.py                                 LSD-F2D2 on the checkerboard, flow-matching teacher first
-python train_2d.py --method meanflow --no-teacher  any method, from data alone; --paper for the paper's own recipe
-"""
+python train_2d.py --method meanflow --no-teacher  any method, from data alone; --paper for the paper's own recipe"""
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -95,7 +93,6 @@ def evaluate(target, flow, velocity, few_step_map=True, mirror=False, device="cp
     slow = lambda y: chunked(lambda y: ode_log_likelihood(velocity, y, ORACLE_STEPS), y)
     oracle, drawn = slow(x), chunked(lambda y: ode_sample(velocity, y, ORACLE_STEPS // 2), x0)
     pictures = {"truth": (target.sample(N_SAMPLES, generator, device), target.log_prob(points)), "oracle": (drawn, slow(points))}
-    about = dict(nll=-oracle.mean().item(), mae_truth=mae(oracle, truth), sample_kl=sample_kl(target, drawn))
     for k in STEP_COUNTS:
         draw = (lambda y: sample(flow, y, k)[0]) if few_step_map else (lambda y: ode_sample(velocity, y, k, euler=True))
         euler = lambda y: ode_log_likelihood(flow.velocity, y, k, euler=True)
@@ -105,6 +102,7 @@ def evaluate(target, flow, velocity, few_step_map=True, mirror=False, device="cp
                    mass=density.exp().sum().item() * (10 / N_GRID) ** 2)
         rows[str(k)] = (row if flow.head else dict.fromkeys(row)) | {"sample_kl": sample_kl(target, drawn), "euler_nll": -euler(x).mean().item()}
         pictures[str(k)] = (drawn, density)
+    about = dict(nll=-oracle.mean().item(), mae_truth=mae(oracle, truth), sample_kl=sample_kl(target, pictures["oracle"][0]))
     return {"oracle": about, "steps": rows}, pictures
 
 
@@ -130,9 +128,8 @@ def print_table(metrics):
     print("\n{target}, {method}, seed {seed}, {seconds:.0f} s in all; log p in nats, errors per sample\n"
           "  steps      NLL  |-oracle|  |-truth|    mass  sample KL  Euler NLL".format(**metrics))
     for k, row in ({"oracle": metrics["oracle"]} | metrics["steps"]).items():
-        cells = [row.get(c) for c in ("nll", "mae_oracle", "mae_truth", "mass", "sample_kl", "euler_nll")]
-        cells = ["-" if c is None else f"{c:.3f}" if abs(c) < 1000 else f"{c:.0e}" for c in cells]
-        print(f"{k:>7}" + "".join(c.rjust(width) for c, width in zip(cells, (9, 11, 10, 8, 11, 11))))
+        cells = map(row.get, ("nll", "mae_oracle", "mae_truth", "mass", "sample_kl", "euler_nll"))
+        print(k.rjust(7) + "".join("-".rjust(w) if c is None else f"{c:{w}.3f}" for c, w in zip(cells, (9, 11, 10, 8, 11, 11))))
 
 
 def parse(argv):
@@ -145,16 +142,14 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=JOINT_STEPS, help=f"joint steps, {JOINT_STEPS}; other stages scale along")
     parser.add_argument("--out", type=Path, help="default runs/2d/<target>-<method>-<seed>")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}.")
     if args.method == "shortcut-distill" and args.no_teacher:
         parser.error("shortcut-distill distils a teacher: drop --no-teacher, or use --method shortcut.")
-    try:
-        torch.zeros(1, device=args.device)
-    except Exception:
-        parser.error(f"no device {args.device} on this machine: use --device cpu.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device on this machine: use --device cpu.")
     args.out = args.out or Path("runs/2d") / f"{args.target}-{args.method}-{args.seed}"
     args.no_divergence, args.no_teacher = args.no_divergence or args.method == "flow", args.no_teacher or args.method in ("flow", "shortcut")
     return parser, args, {k: v for k, v in vars(args).items() if k not in ("out", "device")} | dict(width=WIDTH, depth=DEPTH, batch=BATCH)
@@ -163,15 +158,12 @@ def parse(argv):
 def load_checkpoint(parser, args, config):
     """The run in --out if it is this one, a fresh state if there is none; anything else is refused and left alone."""
     path = args.out / "checkpoint.pt"
-    try:
-        state = torch.load(path, map_location=args.device, weights_only=True)
-        found = state["config"]
-    except FileNotFoundError:
-        if (args.out / "metrics.json").exists():
-            parser.error(f"{args.out} holds results but no checkpoint of this script: choose another --out.")
+    if not path.exists() and not (args.out / "metrics.json").exists():
         return {"stage": 0, "step": 0, "seconds": 0.0}
+    try:
+        found = (state := torch.load(path, map_location=args.device, weights_only=True))["config"]
     except Exception as error:
-        parser.error(f"{path} is no checkpoint of this script ({type(error).__name__}): move it away or choose another --out.")
+        parser.error(f"{path} is no checkpoint of this script ({type(error).__name__}): move away what is there or choose another --out.")
     if found != config:
         parser.error(f"{args.out} holds another experiment, {found}, and you asked for {config}: choose another --out.")
     return state
@@ -190,24 +182,34 @@ def stages(args):
     return [(name, max(1, round(n * args.steps / JOINT_STEPS)), condition, kw) for name, n, condition, kw in plan]
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al.): Adam's loss in a third of the steps. torch.optim.Muon multiplies in bfloat16, 20 times slower on many CPUs."""
+    @torch.no_grad()
+    def step(self):
+        for group, p in ((g, p) for g in self.param_groups for p in g["params"] if p.grad is not None):
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+            x = torch.nn.functional.normalize(p.grad.lerp(momentum, 0.95), dim=(0, 1))
+            for _ in range(5):  # Newton-Schulz: every singular value of x to about one
+                gram = x @ x.T
+                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * x)
+
+
 def train(args, plan, teacher, flow, target, generator, state, save):
     """Runs what is left of the plan; saves 50 times a stage, between two steps, so that a stopped run goes on bit by bit."""
     for stage, (name, steps, condition, kw) in list(enumerate(plan))[state["stage"] :]:
         net, done, begin = teacher if name == "teacher" else flow, state.pop("step", 0), time.time()
         velocity = None if args.no_teacher or net is teacher else teacher.velocity
         blur = 0.05 if velocity and not args.paper else 0.0  # ours: a teacher teaches off the data too, and the mass there counts
-        # Muon for hidden matrices: Adam's loss in a third of the steps; weight decay: without it the semigroup's own targets blew up
-        hidden = [p for p in net.parameters() if p.dim() == 2 and min(p.shape) >= WIDTH]
-        rest = [p for p in net.parameters() if p.dim() != 2 or min(p.shape) < WIDTH]
-        both = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1 * (condition == "semigroup")), torch.optim.Adam(rest, lr=3e-3)
+        matrices, rest = ([p for p in net.parameters() if (p.dim() == 2 and min(p.shape) >= WIDTH) == which] for which in (True, False))
+        both = Muon(matrices, {"weight_decay": 0.1 * (condition == "semigroup")}), torch.optim.Adam(rest)  # without it its targets blew up
         if done:
             [o.load_state_dict(saved) for o, saved in zip(both, state["optimizers"])]
         elif name == "warm start" and velocity:
             flow.backbone.load_state_dict(teacher.backbone.state_dict())
         for step in range(done + 1, steps + 1):
-            for group in both[0].param_groups + both[1].param_groups:  # 100 steps up, then half a cosine down to zero
-                peak = group.setdefault("initial_lr", group["lr"])
-                group["lr"] = peak * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for optimizer, peak in zip(both, (0.02, 3e-3)):  # 100 steps up, then half a cosine down to zero
+                optimizer.param_groups[0]["lr"] = peak * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
             record, x1 = {}, target.sample(BATCH, generator, args.device)
             std = blur * 8 ** torch.rand(BATCH, 1, generator=generator, device=x1.device)  # log-uniform, 0.05 to 0.4
             x1 = x1 + std * torch.randn(x1.shape, generator=generator, device=x1.device)
@@ -216,9 +218,8 @@ def train(args, plan, teacher, flow, target, generator, state, save):
             both[0].step(), both[1].step()
             if step % max(1, steps // 50) == 0:
                 terms = " ".join(f"{k} {record[k].mean():.4f}" for k in losses if k in record)
-                norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-                took, share = time.time() - begin, (step - done) / (steps - done)
-                print(f"{name} {step}/{steps}: {terms} | grad {norm:.3f} | {took:.0f} s, {took / share - took:.0f} s left", flush=True)
+                norm, left = torch.nn.utils.clip_grad_norm_(net.parameters(), math.inf), (time.time() - begin) * (steps - step) / (step - done)
+                print(f"{name} {step}/{steps}: {terms} | grad {norm:.3f} | {left:.0f} s left", flush=True)
                 save(stage=stage, step=step, optimizers=[o.state_dict() for o in both])
         save(stage=stage + 1, step=0)
 
@@ -237,19 +238,18 @@ def main(argv=None):
     print(f"{args.out}: {sum(p.numel() for p in flow.parameters()):,} parameters; {BATCH:,} samples a step; steps: "
           f"{', '.join(f'{n} {name}' for name, n, *_ in plan)}; NFE per log p: {STEP_COUNTS}, oracle {2 * ORACLE_STEPS}")
     if "flow" in state:
-        teacher.load_state_dict(state["teacher"]), flow.load_state_dict(state["flow"])
-        generator.set_state(state["generator"].cpu())
+        teacher.load_state_dict(state["teacher"]), flow.load_state_dict(state["flow"]), generator.set_state(state["generator"].cpu())
 
     def save(**progress):
         args.out.mkdir(parents=True, exist_ok=True)
         torch.save(dict(config=config, seconds=seconds(), teacher=teacher.state_dict(), flow=flow.state_dict(),
                         generator=generator.get_state(), **progress), path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        path.with_suffix(".tmp").replace(path)
 
     train(args, plan, teacher, flow, target, generator, state, save)
     if not metrics_path.exists():
-        velocity, mirror = (flow if args.no_teacher else teacher).velocity, args.paper and args.method != "lsd"
-        measured, pictures = evaluate(target, flow, velocity, args.method != "flow", mirror, args.device)
+        measured, pictures = evaluate(target, flow, (flow if args.no_teacher else teacher).velocity, args.method != "flow",
+                                      args.paper and args.method != "lsd", args.device)
         metrics = dict(target=args.target, method=args.method, divergence_head=flow.head is not None, seed=args.seed, seconds=seconds(), **measured)
         draw_figure(pictures, metrics, args.out / "figure.png")
         metrics_path.write_text(json.dumps(metrics, indent=1))
