@@ -128,8 +128,8 @@ def print_table(metrics):
     print("\n{target}, {method}, seed {seed}, {seconds:.0f} s in all; log p in nats, errors per sample\n"
           "  steps      NLL  |-oracle|  |-truth|    mass  sample KL  Euler NLL".format(**metrics))
     for k, row in ({"oracle": metrics["oracle"]} | metrics["steps"]).items():
-        cells = map(row.get, ("nll", "mae_oracle", "mae_truth", "mass", "sample_kl", "euler_nll"))
-        print(k.rjust(7) + "".join("-".rjust(w) if c is None else f"{c:{w}.3f}" for c, w in zip(cells, (9, 11, 10, 8, 11, 11))))
+        cells, widths = map(row.get, ("nll", "mae_oracle", "mae_truth", "mass", "sample_kl", "euler_nll")), (9, 11, 10, 8, 11, 11)
+        print(k.rjust(7) + "".join("-".rjust(w) if c is None else f"{c:{w}.{'3f' if abs(c) < 1000 else '0e'}}" for c, w in zip(cells, widths)))
 
 
 def parse(argv):
@@ -202,7 +202,7 @@ def train(args, plan, teacher, flow, target, generator, state, save):
         velocity = None if args.no_teacher or net is teacher else teacher.velocity
         blur = 0.05 if velocity and not args.paper else 0.0  # ours: a teacher teaches off the data too, and the mass there counts
         matrices, rest = ([p for p in net.parameters() if (p.dim() == 2 and min(p.shape) >= WIDTH) == which] for which in (True, False))
-        both = Muon(matrices, {"weight_decay": 0.1 * (condition == "semigroup")}), torch.optim.Adam(rest)  # without it its targets blew up
+        both = Muon(matrices, {"weight_decay": 0.1 * (condition == "semigroup")}), torch.optim.Adam(rest)  # without decay it blew up
         if done:
             [o.load_state_dict(saved) for o, saved in zip(both, state["optimizers"])]
         elif name == "warm start" and velocity:

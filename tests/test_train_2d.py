@@ -210,6 +210,7 @@ def test_bad_input_is_refused_and_nothing_on_disk_is_touched(tmp_path, capsys, m
     assert "shortcut" in refused(capsys, "--method", "diffusion")
     assert "at least 1" in refused(capsys, "--steps", "0", "--out", tmp_path / "new")
     assert "drop --no-teacher" in refused(capsys, "--method", "shortcut-distill", "--no-teacher", "--out", tmp_path / "new")
+    assert "'cpu', 'cuda'" in refused(capsys, "--device", "abacus", "--out", tmp_path / "new")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "use --device cpu" in refused(capsys, "--device", "cuda", "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
