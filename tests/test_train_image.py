@@ -508,3 +508,27 @@ def test_the_noise_of_a_probe_is_measured_on_a_checkpoint(teacher, photos, monke
     for probe, variance in (("gaussian", 2 * symmetric.square().sum()), ("rademacher", off)):
         assert rows[probe] == pytest.approx([variance.item() ** 0.5] * len(probes.TIMES), rel=0.12)
     assert len(rows["dct"]) == len(probes.TIMES)
+
+
+def test_grids_of_few_steps_are_measured_as_the_evaluation_does(tmp_path, teacher, photos, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(train_image.__file__).parent / ".github"))
+    grids = importlib.import_module("image_grids")
+    monkeypatch.setattr(grids, "IMAGES", 3), monkeypatch.setattr(grids, "ORACLE_STEPS", 2), monkeypatch.setattr(grids, "DEVICE", torch.device("cpu"))
+    metrics = run(tmp_path, photos, "--method", "lsd", "--teacher", teacher)
+    capsys.readouterr()
+    grids.main([tmp_path / "latest.pt"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    uniform = {row[2].strip(): [float(cell.split("(")[0]) for cell in row[4:]] for row in rows if "uniform" in row[3]}
+    assert len(rows) == 6 and list(uniform) == ["8", "4", "2"]
+    for steps, found in uniform.items():
+        assert found == pytest.approx([metrics["steps"][steps][k] for k in ("gap", "mae_oracle", "corr")], abs=1e-3)
+
+
+def test_what_a_step_costs_is_measured(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(train_image.__file__).parent / ".github"))
+    costs = importlib.import_module("costs")
+    monkeypatch.setattr(costs, "REPETITIONS", 1)
+    costs.main([*TINY])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip() for row in rows[:2]] == ["flow", "shortcut"] and len(rows) == 7
+    assert float(rows[0][2]) == 1 and all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows)
