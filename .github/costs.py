@@ -12,19 +12,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_image
 
-SYSTEMS = [("flow", False), *[(method, teacher) for method in ("shortcut", "meanflow", "lsd") for teacher in (False, True)]]
+SYSTEMS = ["flow", "shortcut", "shortcut-distill --teacher own", "meanflow", "meanflow --teacher own", "lsd", "lsd --teacher own"]
 REPETITIONS = 7
 
 
-def system(method, teacher, options):
-    """A function that takes one training step of the method, with its own recipe."""
-    _, args = train_image.parse([*options, "--dataset", ".", "--method", method])
+def system(name, options):
+    """A function that takes one training step of the method, with its own recipe; the teacher is a copy of the network."""
+    _, args = train_image.parse([*options, "--dataset", ".", "--method", *name.split()])
     config, device = train_image.settle(args, 1), torch.device(args.device)
     flow = train_image.build(config["model"], device)
-    frozen = copy.deepcopy(flow).eval().requires_grad_(False).velocity if teacher else None
-    if teacher:
-        args.loss["velocity_weight"] = "natural"
-    objective = train_image.Objective(flow, train_image.RECIPES[method]["condition"], frozen, **args.loss)
+    frozen = copy.deepcopy(flow).eval().requires_grad_(False).velocity if args.teacher else None
+    objective = train_image.Objective(flow, train_image.RECIPES[args.method]["condition"], frozen, **args.loss)
     if args.compile:
         objective.compile()
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-5)
@@ -52,13 +50,13 @@ def measure(step, device):
 
 def main(options):
     steps = {}
-    for method, teacher in SYSTEMS:
-        step, args = system(method, teacher, options)
+    for name in SYSTEMS:
+        step, args = system(name, options)
         try:
-            steps[method + (", teacher" if teacher else "")] = (measure(step, args.device), step)[1]
-            measure(step, args.device)
+            step(), step()  # the first makes the optimizer's state
+            steps[name] = step
         except torch.OutOfMemoryError:
-            print(f"{method}, teacher={teacher}: out of memory", flush=True)
+            print(f"{name}: out of memory", flush=True)
     rows = {name: [] for name in steps}
     for _ in range(REPETITIONS):
         for name, step in steps.items():

@@ -1,4 +1,4 @@
-"""Few steps on a uniform grid against one finer near the data, on images: python .github/image_grids.py CKPT... prints the README's table from
+"""Few steps on a uniform grid against one finer near the data, on images: python .github/image_grids.py CKPT... prints the table of measurements.md from
 checkpoints of train_image.py that had a teacher. Bits/dim of 64 test images against the teacher's ODE, as in the evaluation; mean (range)."""
 import functools
 import sys

@@ -11,7 +11,8 @@ import train_2d
 import train_image
 from exact import times
 from f2d2 import CONDITIONS, MLP, JointFlowMap, UNet, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample, self_guidance
-from test_train_image import TINY, write_images
+from test_train_2d import small  # noqa: F401  a fixture: every test's train_2d is a small one
+from test_train_image import TINY, photos  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -80,9 +81,7 @@ def test_both_passes_of_the_eulerian_drop_the_same_units():
 
 
 @pytest.mark.parametrize("options", [["--method", "lsd"], ["--method", "meanflow", "--no-teacher"], ["--method", "shortcut-distill"]], ids=" ".join)
-def test_train_2d(tmp_path, monkeypatch, options):
-    for name, value in dict(WIDTH=32, DEPTH=2, BATCH=64, N_TEST=64, N_SAMPLES=500, N_GRID=10, ORACLE_STEPS=4).items():
-        monkeypatch.setattr(train_2d, name, value)
+def test_train_2d(tmp_path, options):
     measured = []
     for _ in range(2):
         train_2d.main([*options, "--device", "cuda", "--steps", "12", "--out", str(tmp_path)])
@@ -92,24 +91,17 @@ def test_train_2d(tmp_path, monkeypatch, options):
     assert measured[1]["1"]["nll"] == pytest.approx(measured[0]["1"]["nll"], rel=1e-4)
 
 
-@pytest.fixture
-def photos(tmp_path):
-    write_images(tmp_path / "train", 12)
-    write_images(tmp_path / "test", 5, seed=1)
-    return tmp_path
-
-
 ON_GPU = [*TINY[:-1], "cuda", "--fid-network", "none"]  # no download
 
 
 @pytest.mark.parametrize("options", [
     ["--method", "flow", "--amp", "bf16"], ["--method", "shortcut"], ["--method", "meanflow"], ["--method", "lsd"], ["--method", "lsd", "--paper"],
     ["--method", "meanflow", "--compile"]], ids=" ".join)
-def test_train_image(photos, options):
+def test_train_image(tmp_path, photos, options):
     for steps in ("3", "4"):  # the second goes on from the first
         train_image.main([*ON_GPU, "--dataset", str(photos), "--data", str(photos), "--steps", steps, "--warmup", str(int("flow" not in options)),
-                          "--out", str(photos / "run"), *options])
-    metrics = json.loads((photos / "run/metrics.json").read_text())
+                          "--out", str(tmp_path), *options])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     values = [row["euler_bpd" if "flow" in options else "bpd"] for row in metrics["steps"].values()]
     assert metrics["step"] == 4 and all(map(math.isfinite, values))
 
