@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from f2d2 import MLP, JointFlowMap, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample
 
 CONDITION = {"flow": None, "shortcut": "semigroup", "shortcut-distill": "semigroup", "meanflow": "eulerian", "lsd": "lagrangian"}
-TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 3000, 500, 12000
+TEACHER_STEPS, WARM_STEPS, JOINT_STEPS = 3000, 500, 9000
 WIDTH, DEPTH, BATCH, N_TEST, N_SAMPLES, N_GRID = 192, 4, 768, 10_000, 200_000, 100
 STEP_COUNTS, ORACLE_STEPS = (8, 4, 2, 1), 64  # midpoint steps: doubling them moves log p by 0.004 nats on average
 
