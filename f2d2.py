@@ -1,10 +1,9 @@
 """F2D2 in one file: samples *and* log-likelihoods of a flow-based model in 1-8 network evaluations.
 
 Ai, He, Gu, Salakhutdinov, Kolter, Boffi, Simchowitz, "Joint Distillation for Fast Likelihood
-Evaluation and Sampling in Flow-based Models", ICLR 2026, arXiv 2512.02636. Read before it: "Flow
-Matching for Generative Modeling"; for log p "FFJORD"; for the conditions "One Step Diffusion via
-Shortcut Models", "Mean Flows for One-step Generative Modeling" and, for LSD, "How to build a
-consistency model: Learning flow maps via self-distillation".
+Evaluation and Sampling in Flow-based Models", ICLR 2026, arXiv 2512.02636. Read before it "Flow
+Matching for Generative Modeling", "FFJORD" (log p), "One Step Diffusion via Shortcut Models", "Mean
+Flows for One-step Generative Modeling", "How to build a consistency model" (flow maps, LSD).
 
 Conventions: a silent clash of these is the most repeated bug of this family.
 
@@ -201,12 +200,12 @@ def f2d2_loss(
       L_u = E |u - u_target|^2     L_D = E |D - D_target|^2          by `condition`, on the rest
 
     Means over dimensions, D/d for D; D = -div as in the paper (the project page and both published
-    codes train +div and subtract it). condition: one of CONDITIONS, or None for L_VM + L_div.
-    flow(x, t, s) -> (u, D), or (u,) without L_div and L_D: lambda x, t, s: flow(x, t, s)[:1] is the
-    paper's warm start. x1 [B, ...] data. teacher(x, t) -> v; without one v is x_1 - x_0, and in div
-    v and d/dt u(x,t,t). context [B, ...], such as labels: the last argument of both. probe: as in
-    divergence. x0, t, s: else drawn, by `generator`. robust [ours]: Huber's loss of D, for targets
-    without noise. paper: unweighted, times uniform and, but for LSD, forward."""
+    codes train +div and subtract it). flow(x, t, s) -> (u, D); (u,) leaves out L_div and L_D: the
+    paper's warm start is lambda x, t, s: flow(x, t, s)[:1]. x1 [B, ...]: data. condition None: L_VM
+    + L_div alone. teacher(x, t) -> v; without one v is x_1 - x_0, and u(x,t,t) in div v and d/dt.
+    context [B, ...]: labels, say, the last argument of both. probe: as in divergence. x0, t, s:
+    else drawn, by `generator`. robust [ours]: Huber's loss of D, for targets without noise. paper:
+    unweighted, times uniform and, but for LSD, forward. Raises ValueError for bad input."""
     _check_loss(x1, condition, x0, t, s, context, diagonal, probe)
     if t is None:
         forward = paper and condition in ("semigroup", "eulerian")
@@ -237,7 +236,7 @@ def f2d2_loss(
     # The flow map condition, on the rest.
     n = min(n, len(x) - 1)
     f, g = _fields(flow, velocity, context, probe, generator, slice(n, None))
-    x, t, s = x[n:], t[n:], s[n:]
+    x, t, s = x[n:], t[n:].clone(), s[n:]  # torch.compile refuses the jvp of a view
     if condition == "semigroup":
         (u, *D), (u_target, *D_target) = semigroup(f, x, t, s)
     elif condition == "eulerian":
@@ -282,7 +281,6 @@ def sample(flow, x0, steps):
 
     It is that of the ODE's end point; for log p of x1, which a few steps leave a little off it,
     log_likelihood(flow, x1, steps) errs less."""
-    _check(x0, finite=True)
     x1, gained = _travel(flow, x0, time_grid(steps, x0))
     return x1, None if gained is None else normal_log_density(x0) + gained
 
@@ -294,7 +292,6 @@ def log_likelihood(flow, x1, steps, mirror=False):
 
     mirror: the paper's approximation for maps trained forward only, u(x,t,t-h) ~ u(x,t,t+h) and D
     alike (target time 2t - s): biased, and no density. Raises ValueError without a head."""
-    _check(x1, finite=True)
     x0, gained = _travel(flow, x1, time_grid(steps, x1).flip(0), mirror)
     _require(gained is not None, "this flow map has no divergence head: train one with it.")
     return normal_log_density(x0) - gained
@@ -314,9 +311,8 @@ def _travel(flow, x, times, mirror=False):
 
 
 def self_guidance(flow, x0, lr=0.005, iterations=1):
-    """Moves x0 [B, ...] to a likelier start by steps of Adam on -log N(x0; 0, I) - D(x0,0,1).
-
-    The paper takes one and publishes no lr. Raises ValueError without a head."""
+    """Moves x0 [B, ...] to a likelier start by Adam on -log N(x0; 0, I) - D(x0,0,1), in one step in
+    the paper, which gives no lr. Raises ValueError without a head."""
     _check(x0, finite=True)
     with torch.inference_mode(False), torch.enable_grad():
         x0 = x0.detach().clone().requires_grad_()
@@ -330,6 +326,7 @@ def self_guidance(flow, x0, lr=0.005, iterations=1):
 
 
 # --------------------------------------------------------------------------- the slow oracle
+@torch.no_grad()
 def ode_sample(velocity, x0, steps, euler=False):
     """x0 [B, ...] at t = 0 -> x1 [B, ...], the solution of dx/dt = v(x,t) at t = 1.
 
@@ -338,12 +335,13 @@ def ode_sample(velocity, x0, steps, euler=False):
     return sample(_small_step(velocity, euler), x0, time_grid(steps, x0, not euler))[0]
 
 
+@torch.no_grad()
 def ode_log_likelihood(velocity, x1, steps, probe="exact", euler=False, generator=None):
     """x1 [B, ...] -> log p_1(x1) = log N(x_0; 0, I) - int_0^1 div v(x_t,t) dt, nats [B].
 
     Rule and grid as in ode_sample, from t = 1 to t = 0; probe as in divergence, fresh each step."""
-    _check_probe(probe, x1)
     times = time_grid(steps, x1, not euler)
+    _check_probe(probe, x1)
     return log_likelihood(_small_step(velocity, euler, probe, generator), x1, times)
 
 
@@ -360,13 +358,14 @@ def _small_step(velocity, euler, probe=None, generator=None):
 
 
 def time_grid(steps, x, geometric=False):
-    """Times from 0 to 1, like x: uniform, or [ours] geometric in 1 - t + 0.01; [steps + 1].
-
-    steps: a number, or a tensor of times, which is only sorted. Raises ValueError else."""
+    """Times from 0 to 1 [steps + 1], like x: uniform, or [ours] geometric in 1 - t + 0.01. A tensor
+    of times is only sorted. Raises ValueError for anything else."""
+    _check(x, finite=True)
     if isinstance(steps, torch.Tensor) and steps.dim() == 1:
         times = steps.to(x).sort().values
-        whole = len(times) > 1 and times[0] == 0 and times[-1] == 1 and (times.diff() > 0).all()
-        _require(whole, "a tensor of times must go from 0 to 1, or from 1 to 0.")
+        if times.device.type != "meta":
+            whole = len(times) > 1 and times[0] == 0 and times[-1] == 1 and times.diff().min() > 0
+            _require(whole, "a tensor of times must go from 0 to 1, or from 1 to 0.")
         return times
     number = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
     _require(number, f"steps must be a whole number from 1 or a tensor of times, not {steps}.")
@@ -439,7 +438,7 @@ def dequantize(x_uint8, noise=None, generator=None):
 
 
 def bits_per_dim(log_p, data_dim):
-    """log p (nats, data in [-1, 1)) -> bits per dimension, -log2 P / d, P(bytes) ~ p(x) (2/256)^d."""
+    """log p (nats, data in [-1, 1)) -> bits per dimension, -log2 P / d; P(bytes) = p (2/256)^d."""
     return 7 - log_p / (data_dim * math.log(2))
 
 
@@ -480,11 +479,10 @@ def _check_shape(a, shape, what):
 
 
 def _check_probe(probe, x):
-    if isinstance(probe, torch.Tensor):
-        _check_shape(probe, x.shape, "the probe")
-    else:
-        named = probe in ("exact", "rademacher", "dct")
-        _require(named, f'unknown probe {probe}: "exact", "rademacher", "dct" or a tensor like x.')
+    given = isinstance(probe, torch.Tensor)
+    _check_shape(probe if given else x, x.shape, "the probe")
+    known = given or probe in ("exact", "rademacher", "dct")
+    _require(known, f'unknown probe {probe}: "exact", "rademacher", "dct" or a tensor like x.')
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     _require(not autocast, "derivatives need float32: call this outside of torch.autocast.")
@@ -496,6 +494,7 @@ def _check_loss(x1, condition, x0, t, s, context, diagonal, probe):
     _require(condition in (None, *CONDITIONS), f"unknown condition {condition}: see CONDITIONS.")
     if t is not None or s is not None:
         _check(x1, t, s)
+    _check(x1 if x0 is None else x0)
     _check_shape(x1 if x0 is None else x0, x1.shape, "x0")
     _require(context is None or len(context) == len(x1), "context must have one row per example.")
     _require(0 <= diagonal <= 1, f"diagonal is a share of the batch, from 0 to 1, not {diagonal}.")

@@ -1,114 +1,193 @@
-"""The same numbers on a CUDA device as on the CPU, and the scripts there; all of it is skipped where there is none."""
+"""The same numbers on an accelerator as on the CPU, and the scripts there: CUDA where there is a
+device, else Apple's GPU, which has float32 only; skipped where there is neither."""
+
+import argparse
 import copy
 import json
 import math
 
 import pytest
 import torch
+from exact import TinyBackbone, field, times
+from PIL import Image
 
 import f2d2
 import train_2d
 import train_image
-from exact import times
-from f2d2 import CONDITIONS, MLP, JointFlowMap, UNet, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample, self_guidance
-from test_train_2d import small  # noqa: F401  a fixture: every test's train_2d is a small one
-from test_train_image import TINY, photos  # noqa: F401
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+from f2d2 import JointFlowMap, f2d2_loss, log_likelihood, ode_log_likelihood, ode_sample, sample
+from train_2d import MLP
+from train_image import UNet
 
 
-def pair(backbone, dtype=torch.float64, **kw):
-    """One network with random weights, on the CPU and on the GPU."""
+def accelerator():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else None
+
+
+DEVICE = accelerator()
+DTYPE = torch.float32 if DEVICE == "mps" else torch.float64
+CLOSE = dict(rtol=1e-3, atol=1e-4) if DEVICE == "mps" else dict(rtol=1e-8, atol=1e-8)
+CONDITIONS = [None, "semigroup", "eulerian", "lagrangian"]
+BACKBONES = ["mlp", "unet"]
+
+pytestmark = pytest.mark.skipif(DEVICE is None, reason="needs CUDA or Apple's GPU")
+
+
+def pair(backbone, dtype=DTYPE, **options):
+    """One network with random weights, on the CPU and on the accelerator."""
     torch.manual_seed(0)
-    net = UNet(8, 8, blocks=1, attention=(4,), **kw) if backbone == "unet" else MLP(2, 16, 2)
+    if backbone == "unet":
+        net = UNet(16, 8, blocks=1, **options)
+    else:
+        net = MLP(2, 16, 2)
     flow = JointFlowMap(net, net.feature_dim).to(dtype)
     for p in flow.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    return flow, copy.deepcopy(flow).cuda()
+    return flow, copy.deepcopy(flow).to(DEVICE)
 
 
-def points(backbone, seed=1, dtype=torch.float64):
-    return torch.randn(6, *((3, 8, 8) if backbone == "unet" else (2,)), generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def points(backbone, seed=1, dtype=DTYPE):
+    shape = (3, 16, 16) if backbone == "unet" else (2,)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, *shape, generator=generator, dtype=dtype)
 
 
-@pytest.mark.parametrize("backbone", ["unet", "mlp"])
-@pytest.mark.parametrize("condition", [None, *CONDITIONS])
-@pytest.mark.parametrize("teach", [True, False], ids=["teacher", "no teacher"])
-def test_losses_and_gradients(condition, backbone, teach):
-    found, (x1, x0, probe), (t, s) = [], (points(backbone, seed) for seed in (1, 2, 3)), times(6)
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("teacher", [True, False], ids=["teacher", "no teacher"])
+def test_losses_and_gradients_are_the_cpu_s(condition, backbone, teacher):
+    x1, x0, probe = (points(backbone, seed) for seed in (1, 2, 3))
+    t, s = times(6, dtype=DTYPE)
+    found = []
     for flow in pair(backbone):
-        to, teacher = next(flow.parameters()), copy.deepcopy(flow).velocity if teach else None
-        losses = f2d2_loss(flow, x1.to(to), condition, teacher, x0=x0.to(to), t=t.to(to), s=s.to(to),
-                           probe=probe[: 6 if condition is None else 3].to(to))  # one probe for each half of the batch
+        like = next(flow.parameters())
+        draws = dict(x0=x0.to(like), t=t.to(like), s=s.to(like), probe=probe.to(like))
+        velocity = copy.deepcopy(flow).velocity if teacher else None
+        losses = f2d2_loss(flow, x1.to(like), condition, velocity, **draws)
+        assert all(v.device == like.device for v in losses.values())
         sum(losses.values()).backward()
-        found.append([*losses.values(), *(p.grad for p in flow.parameters() if p.grad is not None)])
-        assert all(v.device == to.device for v in losses.values())
-    torch.testing.assert_close([v.cpu() for v in found[1]], found[0], rtol=1e-8, atol=1e-10)
+        gradients = [p.grad for p in flow.parameters() if p.grad is not None]
+        found.append([v.detach().cpu() for v in (*losses.values(), *gradients)])
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
 
 
-@pytest.mark.parametrize("backbone", ["unet", "mlp"])
-def test_samples_and_likelihoods(backbone):
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_samples_and_likelihoods_are_the_cpu_s(backbone):
     found = []
     for flow in pair(backbone):
         x = points(backbone).to(next(flow.parameters()))
-        found.append([*sample(flow, x, 4), log_likelihood(flow, x, 4), log_likelihood(flow, x, 2, mirror=True), self_guidance(flow, x),
-                      log_likelihood(flow, x, f2d2.time_grid(3, x, geometric=True)), ode_sample(flow.velocity, x, 3),
-                      ode_log_likelihood(flow.velocity, x, 2, "exact")])
-    torch.testing.assert_close([v.cpu() for v in found[1]], found[0], rtol=1e-8, atol=1e-8)
+        results = [
+            *sample(flow, x, 4),
+            log_likelihood(flow, x, 4),
+            log_likelihood(flow, x, 2, mirror=True),
+            log_likelihood(flow, x, f2d2.time_grid(3, x, geometric=True)),
+            f2d2.self_guidance(flow, x),
+            ode_sample(flow.velocity, x, 3),
+            ode_log_likelihood(flow.velocity, x, 2, "exact"),
+        ]
+        found.append([v.detach().cpu() for v in results])
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
 
 
-@pytest.mark.parametrize("condition", [None, *CONDITIONS])
+@pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("probe", ["rademacher", "dct"])
-def test_every_draw_is_made_on_the_gpu_and_repeats(condition, probe):
+def test_every_draw_is_made_on_the_device_and_repeats(condition, probe):
     _, flow = pair("unet", torch.float32, dropout=0.3)
-    draw = lambda: f2d2_loss(flow, points("unet", dtype=torch.float32).cuda(), condition, probe=probe,
-                             generator=torch.Generator("cuda").manual_seed(3))
-    first = (torch.manual_seed(0), draw())[1]
-    again = (torch.manual_seed(0), draw())[1]
-    assert all(v.is_cuda and torch.isfinite(v) for v in first.values())
-    torch.testing.assert_close(again, first)
+    x1 = points("unet", dtype=torch.float32).to(DEVICE)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(3)
+        runs.append(f2d2_loss(flow, x1, condition, probe=probe, generator=generator))
+    assert all(v.device.type == DEVICE and v.isfinite() for v in runs[0].values())
+    torch.testing.assert_close(runs[1], runs[0])
 
 
 def test_both_passes_of_the_eulerian_drop_the_same_units():
-    _, flow = pair("mlp")
-    seen, (t, s) = [], times(6)
+    flow = JointFlowMap(TinyBackbone(2, 8), 8).to(DEVICE, DTYPE)
+    seen = []
 
     def noisy(x, t, s):
-        seen.append(torch.rand(5, device="cuda"))
+        seen.append(torch.rand(5, device=DEVICE))
         return flow(x, t, s)
-    f2d2.eulerian(noisy, points("mlp").cuda(), t.cuda(), s.cuda(), velocity=flow.velocity)
+
+    t, s = times(6, dtype=DTYPE)
+    x = points("mlp").to(DEVICE)
+    f2d2.eulerian(noisy, field(flow.velocity), x, t.to(DEVICE), s.to(DEVICE))
     assert len(seen) == 2 and torch.equal(*seen)
 
 
-@pytest.mark.parametrize("options", [["--method", "lsd"], ["--method", "meanflow", "--no-teacher"], ["--method", "shortcut-distill"]], ids=" ".join)
-def test_train_2d(tmp_path, options):
+# ------------------------------------------------------------------------------- train_2d.py
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "lsd"],
+        ["--method", "meanflow", "--no-teacher"],
+        ["--method", "shortcut-distill"],
+    ],
+    ids=" ".join,
+)
+def test_train_2d_runs_and_measures_the_same_again(tmp_path, monkeypatch, options):
+    small = dict(WIDTH=32, DEPTH=2, BATCH=64, N_TEST=64, N_SAMPLES=500, N_GRID=10, ORACLE_STEPS=4)
+    for name, value in dict(small, TEACHER_STEPS=4).items():
+        monkeypatch.setattr(train_2d, name, value)
+    results = tmp_path / "metrics.json"
     measured = []
     for _ in range(2):
-        train_2d.main([*options, "--device", "cuda", "--steps", "12", "--out", str(tmp_path)])
-        measured.append(json.loads((tmp_path / "metrics.json").read_text())["steps"])
-        (tmp_path / "metrics.json").unlink()  # as if stopped before the table: the run goes on from its checkpoint
+        train_2d.main([*options, "--device", DEVICE, "--steps", "12", "--out", str(tmp_path)])
+        measured.append(json.loads(results.read_text())["steps"])
+        results.unlink()  # as if stopped before the table: it is measured again
     assert all(math.isfinite(row["mae_oracle"]) for row in measured[0].values())
     assert measured[1]["1"]["nll"] == pytest.approx(measured[0]["1"]["nll"], rel=1e-4)
 
 
-ON_GPU = [*TINY[:-1], "cuda", "--fid-network", "none"]  # no download
+# ------------------------------------------------------------------------------- train_image.py
+SMALL = "--image-size 8 --channels 8 --blocks 1 --batch-size 4 --warmup 1 --oracle-images 4".split()
 
 
-@pytest.mark.parametrize("options", [
-    ["--method", "flow", "--amp", "bf16"], ["--method", "shortcut"], ["--method", "meanflow"], ["--method", "lsd"], ["--method", "lsd", "--paper"],
-    ["--method", "meanflow", "--compile"]], ids=" ".join)
-def test_train_image(tmp_path, photos, options):
-    for steps in ("3", "4"):  # the second goes on from the first
-        train_image.main([*ON_GPU, "--dataset", str(photos), "--data", str(photos), "--steps", steps, "--warmup", str(int("flow" not in options)),
-                          "--out", str(tmp_path), *options])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    values = [row["euler_bpd" if "flow" in options else "bpd"] for row in metrics["steps"].values()]
-    assert metrics["step"] == 4 and all(map(math.isfinite, values))
+@pytest.fixture
+def photos(tmp_path):
+    """Forty images of 8x8 pixels."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 8, 8, 3), generator=generator, dtype=torch.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.numpy()).save(folder / f"{i}.png")
+    return folder
 
 
-def test_every_device_sees_the_same_batches(photos):
-    _, args = train_image.parse([*ON_GPU, "--dataset", str(photos), "--steps", "4"])
-    train_image.settle(args, 1)
+def image_command(photos, out, *options):
+    command = ["--dataset", str(photos), "--device", DEVICE, "--out", str(out), *SMALL]
+    return [*command, *options]
+
+
+@pytest.mark.parametrize("method", ["shortcut", "meanflow", "lsd"])
+def test_train_image_trains_and_measures(tmp_path, photos, method):
+    out = tmp_path / "run"
+    train_image.main(image_command(photos, out, "--method", method, "--steps", "3"))
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert all(math.isfinite(row["bpd"]) for row in metrics["steps"].values())
+
+
+def test_train_image_goes_on_from_its_checkpoint(tmp_path, photos):
+    out = tmp_path / "run"
+    for steps in ("3", "4"):
+        train_image.main(image_command(photos, out, "--method", "lsd", "--steps", steps))
+    assert json.loads((out / "metrics.json").read_text())["step"] == 4
+
+
+def test_an_image_batch_is_a_function_of_seed_and_step_on_the_device():
     data = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
-    here, there = (train_image.draw(data.to(device), args, 1, 0, 1, torch.device(device)) for device in ("cpu", "cuda"))
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there))
+
+    def draw(seed, step):
+        args = argparse.Namespace(method="lsd", seed=seed, batch_size=8, device=DEVICE, paper=False)
+        return train_image.draw(data, args, step, 0, 1)
+
+    first = draw(0, 1)
+    assert all(a.device.type == DEVICE for a in first)
+    torch.rand(5, device=DEVICE)
+    assert all(torch.equal(a, b) for a, b in zip(draw(0, 1), first))
+    for other in (draw(0, 2), draw(1, 1)):
+        assert not any(torch.equal(a, b) for a, b in zip(other, first))
