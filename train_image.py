@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
 import torchvision
 from PIL import Image, ImageOps
@@ -28,7 +29,7 @@ from torch import distributed, nn
 import f2d2
 
 # fmt: off
-RECIPE_KEYS = {  # shortcut(-distill)  meanflow     lsd           published with the method, but for:
+RECIPE_KEYS = {  # shortcut(-distill)  meanflow     lsd           the method's own, but for:
     "condition":    ("semigroup",      "eulerian",  "lagrangian"),
     "optimizer":    ("RAdam",          "Adam",      "RAdam"),
     "lr":           (1e-4,             6e-4,        1e-4),
@@ -39,7 +40,7 @@ RECIPE_KEYS = {  # shortcut(-distill)  meanflow     lsd           published with
     "flip":         (0.0,              0.5,         0.5),         # ours for lsd
     "diagonal":     (0.5,              0.25,        0.5),
     "clip":         (0.01,             math.inf,    1.0),
-    "half_life":    (50e6,             7.1e6,       1.8e6),       # of the averaged weights, in images
+    "half_life":    (50e6,             7.1e6,       1.8e6),       # images in the average
     "decay_after":  (math.inf,         math.inf,    35_000),      # then the rate falls as 1/sqrt
 }
 # fmt: on
@@ -65,6 +66,11 @@ SAVE_SECONDS = 15 * 60
 
 class BadInput(Exception):
     """One sentence for the user, what is wrong and what to type instead: exit code 2."""
+
+
+def require(right, sentence):
+    if not right:
+        raise BadInput(sentence)
 
 
 # --------------------------------------------------------------------------- the network
@@ -104,8 +110,8 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """x [B, colours, H, H], t and s [B] -> u like x, features [B, feature_dim]. DDPM++ of "Score-
-    Based Generative Modeling through Stochastic Differential Equations": three levels, one width."""
+    """x [B, colours, H, H], t and s [B] -> u like x, features [B, feature_dim]. DDPM++ of Song et
+    al., "Score-Based Generative Modeling through Stochastic Differential Equations"."""
 
     def __init__(self, image_size=32, channels=128, blocks=4, dropout=0.0, colours=3, paper=False):
         super().__init__()
@@ -153,10 +159,11 @@ class UNet(nn.Module):
         return self.out(h), torch.cat([bottleneck, h.mean((2, 3)), size], 1)
 
 
-def build(model, device):
-    """model: image_size, channels, blocks, dropout, colours, paper, head; checkpoints hold it."""
-    unet = UNet(**{k: v for k, v in model.items() if k != "head"})
-    return f2d2.JointFlowMap(unet, unet.feature_dim, model["head"], model["paper"]).to(device)
+def build(config, device):
+    """The untrained joint flow map of a run's config, which every checkpoint holds."""
+    keys = ("image_size", "channels", "blocks", "dropout", "colours", "paper")
+    unet = UNet(*(config[k] for k in keys))
+    return f2d2.JointFlowMap(unet, unet.feature_dim, config["head"], config["paper"]).to(device)
 
 
 # --------------------------------------------------------------------------- images
@@ -185,10 +192,10 @@ def read_image(path, size, crop=None):
 
 
 def read_folder(folder, size):
-    """{path: image} of every file that is not hidden, once, links followed; says what it left out."""
+    """{path: image}: every file that is not hidden, once, links followed; says what it left out."""
     walk = os.walk(folder, followlinks=True)
     paths = sorted(Path(base) / name for base, _, names in walk for name in names)
-    paths = {p.resolve(): p for p in paths if not p.name.startswith(".")}.values()
+    paths = {path.resolve(): path for path in paths if not path.name.startswith(".")}.values()
     images = {}
     left_out = {}
     for path in paths:
@@ -207,8 +214,8 @@ def folder_splits(root, size, held_out):
     case. Without these a seeded tenth is the test split; if not held_out, everything is."""
     folders = {p.name.lower(): p for p in sorted(root.iterdir()) if p.is_dir()}
     test = folders.get("test") or folders.get("val") or folders.get("valid")
-    if held_out and ("train" in folders) != bool(test):
-        raise BadInput(f"{root} has only one of train/ and test/ (or val/): make both, or neither.")
+    both = not held_out or ("train" in folders) == bool(test)
+    require(both, f"{root} has only one of train/ and test/ (or val/): make both, or neither.")
     if test:
         print(f"train: {folders['train']}, test: {test}" if held_out else f"images: {test}")
         train = read_folder(folders["train"], size) if held_out else {}
@@ -225,8 +232,8 @@ def named_splits(dataset, root):
     """{"train": {index: image [H, H, 3]}, "test": ...} of a published data set."""
     try:
         if dataset == "cifar10":
-            sets = [torchvision.datasets.CIFAR10(root, train, download=True) for train in (1, 0)]
-            splits = [s.data for s in sets]
+            cifar10 = torchvision.datasets.CIFAR10
+            splits = [cifar10(root, train, download=True).data for train in (True, False)]
         elif dataset == "celeba64":
             rows = (root / "celeba/list_eval_partition.txt").read_text().split()
             splits = [[], [], []]  # train, validation, test
@@ -250,13 +257,12 @@ def load_data(dataset, root, size, colours=None, held_out=True):
     named = dataset in SIZES
     splits = named_splits(dataset, root) if named else folder_splits(Path(dataset), size, held_out)
     coloured = any(image.ndim == 3 for images in splits.values() for image in images.values())
-    if colours == 1 and coloured:
-        raise BadInput(f"{dataset} holds coloured images, and the checkpoint knows grey ones only.")
+    require(not coloured or colours != 1, f"{dataset} has colours, and the checkpoint knows grey.")
     shape = (size, size, colours or (3 if coloured else 1))
     data = {}
     for split, images in splits.items():
-        if not images and (held_out or split == "test"):
-            raise BadInput(f"{dataset} holds no {split} images that can be read: add some.")
+        needed = held_out or split == "test"
+        require(images or not needed, f"{dataset} holds no {split} images that can be read.")
         array = np.zeros((len(images), *shape), np.uint8)
         for i, image in enumerate(images.values()):
             array[i] = image.reshape(size, size, -1)
@@ -295,18 +301,22 @@ def save_picture(path, images, columns):
     save_whole(path, lambda file: image.save(file, "PNG"))
 
 
-def read_checkpoint(path, device):
-    """A checkpoint of this script with all its keys and sound weights; never executes anything."""
+def load(path, device):
+    """The averaged network of a checkpoint, frozen, and the checkpoint; never executes anything."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        with torch.device("meta"):
-            network = build(state["config"]["model"], "meta")
-        for weights in (state["flow"], state["ema"]):
-            network.load_state_dict(weights, assign=True)
-            if not all(w.dtype == torch.float32 and w.isfinite().all() for w in weights.values()):
-                raise ValueError("its weights are not finite numbers of 32 bits")
-        state["optimizer"]["state"], int(state["step"])
-        return state
+        state["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        flow = build(state["config"], device).eval().requires_grad_(False)
+        for part in ("flow", "ema"):
+            flow.load_state_dict(state[part])
+            sound = all(
+                w.dtype == torch.float32 and w.isfinite().all() for w in state[part].values()
+            )
+            require(sound, "its weights are not finite numbers of 32 bits")
+        require(
+            type(state["step"]) is int and "state" in state["optimizer"], "no step or optimizer"
+        )
+        return flow, state
     except Exception as error:  # whatever a broken file may raise
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(
@@ -314,18 +324,16 @@ def read_checkpoint(path, device):
         ) from error
 
 
-def load_model(path, device):
-    """The averaged network of a checkpoint, frozen, and the checkpoint; None, None without a path."""
-    if path is None:
-        return None, None
-    state = read_checkpoint(path, device)
-    flow = build(state["config"]["model"], device).eval().requires_grad_(False)
-    flow.load_state_dict(state["ema"])
-    return flow, state
-
-
-def content(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def open_folder(path):
+    """Makes --out, proves that it can be written, and keeps a second process out while open."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except OSError as error:
+        sentence = f"{path} cannot be written, or another process works there: use another --out"
+        raise BadInput(f"{sentence} ({error}).") from error
 
 
 # --------------------------------------------------------------------------- training
@@ -370,86 +378,97 @@ def accumulate(objective, batch, n, count):
 def train(args, config, flow, teacher, data, rank, world):
     """Runs what is left of --steps; saves every quarter of an hour and at the end."""
     recipe = RECIPES[args.method]
-    path = args.out / "latest.pt"
     optimizer = getattr(torch.optim, recipe["optimizer"])(flow.parameters(), lr=args.lr)
     ema = torch.optim.swa_utils.AveragedModel(flow).requires_grad_(False)
-    first = 0
-    if path.exists():
-        state = read_checkpoint(path, args.device)
-        first = state["step"]
-        flow.load_state_dict(state["flow"])
-        ema.module.load_state_dict(state["ema"])
-        ema.n_averaged.fill_(first)
-        optimizer.load_state_dict(state["optimizer"])
+    first = restore(args, flow, ema, optimizer)
     loss = torch.compile(f2d2.f2d2_loss) if args.compile else f2d2.f2d2_loss
-    velocity = teacher and teacher.velocity
 
     def objective(x1, x0, t, s, eps, diagonal):
         f = flow if step > args.warmup else lambda x, t, s: flow(x, t, s)[:1]
+        velocity = teacher and teacher.velocity
         draws = {"x0": x0, "t": t, "s": s, "probe": eps, "diagonal": diagonal}
         return loss(f, x1, recipe["condition"], velocity, paper=args.paper, **draws)
 
     share = args.batch_size // world
     n = max(1, round(recipe["diagonal"] * share)) if recipe["condition"] else share
-    most = max(1, min(n, share - n)) if recipe["condition"] else share  # pieces: a row of each kind
+    most = max(1, min(n, share - n)) if recipe["condition"] else share  # rows of both kinds in each
     pieces = min(math.ceil(share / args.micro_batch), most)
     began = saved = time.time()
-    for step in range(first + 1, args.steps + 1):
-        ramp = step / max(1, min(10_000, args.steps // 20))
-        decay = (recipe["decay_after"] / step) ** 0.5
-        left = math.inf if args.paper else 4 - 4 * (step - 1) / args.steps  # ours: down to zero
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, ramp, decay, left)
-
-        losses = None
-        while losses is None:
-            optimizer.zero_grad()
-            try:
-                losses = accumulate(objective, draw(data, args, step, rank, world), n, pieces)
-            except torch.OutOfMemoryError as error:
-                if pieces == most:
-                    raise BadInput(
-                        "out of memory at the smallest piece: lower --channels."
-                    ) from error
-                pieces = min(2 * pieces, most)
-                print(f"out of memory: {math.ceil(share / pieces)} images at a time from here on")
-
-        gradients = [p.grad for p in flow.parameters() if p.grad is not None]
-        if world > 1:
-            mean = nn.utils.parameters_to_vector(gradients) / world
-            distributed.all_reduce(mean)
-            nn.utils.vector_to_parameters(mean, gradients)
-        norm = nn.utils.clip_grad_norm_(flow.parameters(), recipe["clip"])
-        optimizer.step()
-        # The average remembers half_life images, or a twentieth of those seen if that is less.
-        memory = min(recipe["half_life"], 0.05 * step * args.batch_size)
-        new = 1 - 0.5 ** (args.batch_size / memory)
-        ema.multi_avg_fn = lambda old, now, _, new=new: torch._foreach_lerp_(old, now, new)
-        ema.update_parameters(flow)
+    step = first
+    while step < args.steps:
+        step += 1
+        optimizer.param_groups[0]["lr"] = learning_rate(args, step)
+        optimizer.zero_grad()
+        try:
+            losses = accumulate(objective, draw(data, args, step, rank, world), n, pieces)
+        except torch.OutOfMemoryError:
+            require(pieces < most, "out of memory at the smallest piece: lower --channels.")
+            pieces = min(2 * pieces, most)
+            print(f"out of memory: {math.ceil(share / pieces)} images at a time from here on")
+            step -= 1
+            continue
+        norm = update(args, flow, ema, optimizer, step, world)
 
         due = step == args.steps or time.time() - saved > SAVE_SECONDS
         if due or step % max(1, min(100, args.steps // 50)) == 0:
             terms = {k: v.item() for k, v in losses.items()} | {"grad": norm.item()}
-            if not all(math.isfinite(value) for value in terms.values()):
-                kept = f"{path} is of an earlier step" if path.exists() else "nothing was saved"
-                raise BadInput(
-                    f"the loss is not finite at step {step} ({kept}): lower --lr, new --out."
-                )
+            finite = all(math.isfinite(value) for value in terms.values())
+            require(finite, f"the loss is not finite at step {step}: lower --lr, in another --out.")
             rate = (step - first) * args.batch_size / (time.time() - began)
-            rest = (args.steps - step) * args.batch_size / rate
             line = " ".join(f"{k} {v:.4g}" for k, v in terms.items())
+            left = (args.steps - step) * args.batch_size / rate
             if rank == 0:
-                print(
-                    f"{step}/{args.steps}: {line} | {rate:.0f} images/s, {rest:.0f} s left",
-                    flush=True,
-                )
+                line += f" | {rate:.0f} images/s, {left:.0f} s left"
+                print(f"{step}/{args.steps}: {line}", flush=True)
         if due and rank == 0:
-            state = {"config": config, "step": step, "flow": flow.state_dict()}
-            state |= {"ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}
-            save_whole(path, lambda file, state=state: torch.save(state, file))
-            x0 = torch.randn(8, *data.shape[1:], generator=torch.Generator().manual_seed(0))
-            rows = [few_steps(ema.module.eval(), x0.to(args.device), args, k) for k in STEP_COUNTS]
-            save_picture(args.out / "progress.png", torch.cat(rows), 8)
+            save(args, config, step, flow, ema, optimizer)
             saved = time.time()
+
+
+def restore(args, flow, ema, optimizer):
+    """The step of the run in --out, with its state, or 0."""
+    path = args.out / "latest.pt"
+    if not path.exists():
+        return 0
+    _, state = load(path, args.device)
+    flow.load_state_dict(state["flow"])
+    ema.module.load_state_dict(state["ema"])
+    ema.n_averaged.fill_(state["step"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def learning_rate(args, step):
+    """Up in the first twentieth; for LSD down as 1/sqrt; ours: to zero in the last quarter."""
+    ramp = step / max(1, min(10_000, args.steps // 20))
+    decay = (RECIPES[args.method]["decay_after"] / step) ** 0.5
+    left = math.inf if args.paper else 4 - 4 * (step - 1) / args.steps
+    return args.lr * min(1, ramp, decay, left)
+
+
+def update(args, flow, ema, optimizer, step, world):
+    """One step of optimizer and average from the gradients of all processes, whose norm returns."""
+    recipe = RECIPES[args.method]
+    gradients = [p.grad for p in flow.parameters() if p.grad is not None]
+    if world > 1:
+        mean = nn.utils.parameters_to_vector(gradients) / world
+        distributed.all_reduce(mean)
+        nn.utils.vector_to_parameters(mean, gradients)
+    norm = nn.utils.clip_grad_norm_(flow.parameters(), recipe["clip"])
+    optimizer.step()
+    # The average remembers half_life images, or a twentieth of those seen if that is less.
+    memory = min(recipe["half_life"], 0.05 * step * args.batch_size)
+    new = 1 - 0.5 ** (args.batch_size / memory)
+    ema.multi_avg_fn = lambda old, now, _: torch._foreach_lerp_(old, now, new)
+    ema.update_parameters(flow)
+    return norm
+
+
+def save(args, config, step, flow, ema, optimizer):
+    state = {"config": config, "step": step, "flow": flow.state_dict()}
+    state |= {"ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}
+    save_whole(args.out / "latest.pt", lambda file: torch.save(state, file))
+    save_picture(args.out / "progress.png", sheet(ema.module.eval(), args, config), 8)
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -461,6 +480,17 @@ def few_steps(flow, x0, args, k):
     if args.method == "flow":  # no few-step map: Euler steps
         return to_bytes(f2d2.ode_sample(flow.velocity, x0, k, euler=True))
     return to_bytes(f2d2.sample(flow, x0, k)[0])
+
+
+def noise(config, n, seed=0):
+    shape = (n, config["colours"], config["image_size"], config["image_size"])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sheet(flow, args, config):
+    """Images of the same noise, a row for each number of steps."""
+    x0 = noise(config, 8).to(args.device)
+    return torch.cat([few_steps(flow, x0, args, k) for k in STEP_COUNTS])
 
 
 def chunked(function, x, args, what):
@@ -479,108 +509,110 @@ def chunked(function, x, args, what):
 
 
 def frechet_distance(a, b):
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features a, b [N, F]; S_a S_b has the
-    eigenvalues of S_a^(1/2) S_b S_a^(1/2)."""
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features a, b [N, F]."""
     S_a, S_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(S_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
+    cross = np.trace(scipy.linalg.sqrtm((S_a @ S_b).numpy()).real)
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross).item()
 
 
+def fid(args, flow, config, train):
+    """{steps: FID against the train split}; {} without --fid-network or train split."""
+    if not args.fid_network or not len(train):
+        return {}
+    network = torch.jit.load(str(args.fid_network), map_location=args.device).eval()
+
+    def features(images):
+        return network(images.expand(-1, 3, -1, -1), return_features=True)
+
+    def made(k):
+        x0 = noise(config, FID_SAMPLES)
+        return chunked(lambda y: features(few_steps(flow, y, args, k)), x0, args, f"FID, {k} steps")
+
+    real = chunked(features, train, args, "FID, train images")
+    return {k: frechet_distance(real, made(k)) for k in STEP_COUNTS}
+
+
 @torch.no_grad()
-def evaluate(args, flow, teacher, data, about):
+def evaluate(args, flow, state, teacher, data):
     """bits/dim of the test images at 8, 4, 2, 1 steps, errors against the oracle, FID. Writes
     metrics.json, log_p.csv, extremes.png (likeliest first) and samples.png (a row a step count)."""
     images, names = data["test"]
+    config = state["config"]
     probe = "rademacher" if args.paper else "dct"
     torch.manual_seed(0)
     seeds = [torch.Generator().manual_seed(i) for i in range(len(images))]  # each image has its own
-    x = f2d2.dequantize(
-        images, torch.stack([torch.rand(images[0].shape, generator=g) for g in seeds])
-    )
+    u = torch.stack([torch.rand(images[0].shape, generator=generator) for generator in seeds])
+    x = f2d2.dequantize(images, u)
     some = torch.linspace(0, len(x) - 1, min(args.oracle_images, len(x))).long()
 
     def bits(log_p, x, what):
         return f2d2.bits_per_dim(chunked(log_p, x, args, what), x[0].numel())
 
-    def oracle_log_p(y):
+    def slow(y):
         return f2d2.ode_log_likelihood((teacher or flow).velocity, y, ORACLE_STEPS, probe)
 
-    oracle = bits(oracle_log_p, x[some], "oracle")
+    def mean(bpd):
+        return {"bpd": bpd.mean().item(), "se": (bpd.std() / len(bpd) ** 0.5).item()}
+
+    oracle = bits(slow, x[some], "oracle")
+    distances = fid(args, flow, config, data["train"][0])
     columns = {}
     rows = {}
-    for k in STEP_COUNTS if flow.head else ():
-        fast = bits(lambda y, k=k: f2d2.log_likelihood(flow, y, k, args.mirror), x, f"{k} steps")
-        columns[f"{k} steps"] = fast.tolist()
-        error = fast[some] - oracle
-        rows[str(k)] = {"bpd": fast.mean().item(), "se": (fast.std() / len(fast) ** 0.5).item()}
-        rows[str(k)] |= {"gap": error.mean().item(), "mae_oracle": error.abs().mean().item()}
-        rows[str(k)]["corr"] = torch.corrcoef(torch.stack([fast[some], oracle]))[0, 1].item()
-
-    if args.fid_network and len(data["train"][0]):
-        network = torch.jit.load(str(args.fid_network), map_location=args.device).eval()
-        x0 = torch.randn(FID_SAMPLES, *images.shape[1:])
-
-        def features(images):
-            return network(images.expand(-1, 3, -1, -1), return_features=True)
-
-        real = chunked(features, data["train"][0], args, "FID, train images")
-        for k in STEP_COUNTS:
-            made = chunked(
-                lambda y, k=k: features(few_steps(flow, y, args, k)), x0, args, f"FID, {k}"
+    for k in STEP_COUNTS:
+        rows[str(k)] = row = {"nfe_sample": k + 2 * bool(args.guidance), "fid": distances.get(k)}
+        if config["head"]:
+            fast = bits(
+                lambda y, k=k: f2d2.log_likelihood(flow, y, k, args.mirror), x, f"{k} steps"
             )
-            rows.setdefault(str(k), {})["fid"] = frechet_distance(real, made)
-            rows[str(k)]["fid_nfe"] = k + 2 * bool(args.guidance)  # + a forward and a backward pass
+            columns[f"{k} steps"] = fast.tolist()
+            error = fast[some] - oracle
+            row |= mean(fast) | {
+                "gap": error.mean().item(),
+                "mae_oracle": error.abs().mean().item(),
+            }
+            row["corr"] = torch.corrcoef(torch.stack([fast[some], oracle]))[0, 1].item()
 
-    mean = {"bpd": oracle.mean().item(), "se": (oracle.std() / len(oracle) ** 0.5).item()}
-    metrics = about | {"images": len(x), "oracle_images": len(some), "oracle": mean, "steps": rows}
     table = [[name, *values] for name, *values in zip(names, *columns.values())]
     for i, value in zip(some.tolist(), oracle.tolist()):
         table[i].append(value)
-    save_csv(args.out / "log_p.csv", ["image", *columns, "oracle (bits/dim)"], table)
+    save_csv(args.out / "log_p.csv", ["image", *columns, "oracle"], table)
     if columns:
-        order = np.argsort(next(iter(columns.values())))
+        order = np.argsort(columns[f"{STEP_COUNTS[0]} steps"])
         save_picture(args.out / "extremes.png", images[np.r_[order[:32], order[-32:]]], 8)
-    x0 = torch.randn(8, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(
-        args.device
-    )
-    rows = torch.cat([few_steps(flow, x0, args, k) for k in STEP_COUNTS])
-    save_picture(args.out / "samples.png", rows, 8)
-    save_json(args.out / "metrics.json", metrics)
-    return metrics
+    save_picture(args.out / "samples.png", sheet(flow, args, config), 8)
+    oracle_of = f"the ODE of {args.teacher}" if teacher else "its own ODE"
+    about = {"dataset": args.dataset, "images": len(x), "step": state["step"], "config": config}
+    about |= {"mirror": args.mirror, "guidance": args.guidance, "sha256": state["sha256"]}
+    about |= {
+        "oracle": mean(oracle) | {"of": oracle_of, "nfe": 2 * ORACLE_STEPS, "images": len(some)}
+    }
+    save_json(args.out / "metrics.json", about | {"steps": rows})
 
-
-def print_table(metrics):
-    keys = ("bpd", "se", "gap", "mae_oracle", "corr", "fid")
-    print("\n{dataset}, step {step}, {images} images; oracle: {oracle_of}".format(**metrics))
+    print(f"\n{args.dataset}: {len(x)} images, step {state['step']}; oracle: {oracle_of}")
     print("  steps bits/dim       se      gap |-oracle|     corr      FID")
-    for k, row in {"oracle": metrics["oracle"], **metrics["steps"]}.items():
-        cells = ["-" if row.get(key) is None else f"{row[key]:.3f}" for key in keys]
-        print(k.rjust(7) + "".join(cell.rjust(9) for cell in cells))
+    for k, row in {"oracle": mean(oracle), **rows}.items():
+        cells = [row.get(key) for key in ("bpd", "se", "gap", "mae_oracle", "corr", "fid")]
+        print(k.rjust(7) + "".join(f"{'-' if c is None else format(c, '.3f'):>9}" for c in cells))
 
 
 @torch.no_grad()
-def write_samples(args, flow, about):
+def write_samples(args, flow, state):
     """--sample N: N images as PNG, and samples.csv with log p of each in nats."""
-    model = about["model"]
-    shape = (args.sample, model["colours"], model["image_size"], model["image_size"])
-    x0 = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
     k = STEP_COUNTS[0]
     rows = []
-    for part in x0.split(CHUNK):
-        part = part.to(args.device)
+    for x0 in noise(state["config"], args.sample, args.seed).split(CHUNK):
+        x0 = x0.to(args.device)
         if args.guidance:
-            part = f2d2.self_guidance(flow, part, args.guidance)
-        x1, own = f2d2.sample(flow, part, k)
+            x0 = f2d2.self_guidance(flow, x0, args.guidance)
+        x1, own = f2d2.sample(flow, x0, k)
         log_p = f2d2.log_likelihood(flow, x1, k, args.mirror)
         for image, *values in zip(to_bytes(x1), log_p.tolist(), own.tolist()):
             rows.append([f"{len(rows):05d}.png", *values])
             save_picture(args.out / rows[-1][0], image[None], 1)
-    save_csv(args.out / "samples.csv", ["image", "log p", "log p from its noise (nats)"], rows)
-    save_json(
-        args.out / "metrics.json", about | {"images": len(rows), "nfe": k + 2 * bool(args.guidance)}
-    )
+    save_csv(args.out / "samples.csv", ["image", "log_likelihood", "sample"], rows)
+    about = {"step": state["step"], "sha256": state["sha256"], "seed": args.seed, "steps": k}
+    about |= {"guidance": args.guidance, "mirror": args.mirror, "nfe": k + 2 * bool(args.guidance)}
+    save_json(args.out / "metrics.json", about)
     print(f"{len(rows)} images in {k} steps, and samples.csv, are in {args.out}")
 
 
@@ -598,10 +630,11 @@ def between(low, high=math.inf):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.error = lambda message: parser.exit(2, f"train_image.py: {message}\n")
+    devices = ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    devices = ["cuda"] * torch.cuda.is_available() + devices
     add = parser.add_argument
     add("--dataset", help="cifar10 (the default), imagenet64, celeba64 or a folder of images")
     add("--data", type=Path, default=Path("data"), help="where named data sets are or go")
@@ -621,206 +654,147 @@ def parse(argv):
     add("--lr", type=between(1e-9, 1.0), help="learning rate; default the method's")
     add("--seed", type=between(0, 2**64 - 1), default=0, help="of everything random; default 0")
     add("--out", type=Path, help="default below runs/image/; a run that is there goes on")
-    add("--device", choices=["cuda", "cpu", "mps"], help="default cuda if there is one, or cpu")
+    add("--device", choices=devices, default=devices[0], help=f"default here {devices[0]}")
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--eval", type=Path, metavar="CKPT", help="no training: log p of --dataset's test images")
     add("--sample", type=between(1), metavar="N", help="with --eval: N images and their log p")
     add("--oracle-images", type=between(1), default=64, help="with an oracle; default 64")
     add("--guidance", type=between(1e-9, 10.0), help="learning rate of the samples' self-guidance")
-    add("--fid-network", type=Path, help=f"TorchScript Inception, of {INCEPTION}")
-    return parser, parser.parse_args(argv)
+    add("--fid-network", type=Path, help=f"TorchScript Inception, {INCEPTION}")
+    args = parser.parse_args(argv)
+    training = ["method", "init", "image_size", "channels", "blocks", "dropout", "steps", "warmup"]
+    training += ["batch_size", "micro_batch", "lr", "no_divergence", "compile"]
+    typed = [f"--{k.replace('_', '-')}" for k in training if getattr(args, k)]
+    if args.eval and typed:
+        parser.error(f"--eval does not train: drop {', '.join(typed)}.")
+    return parser, args
 
 
-TRAINING = ("method", "init", "image_size", "channels", "blocks", "dropout", "steps", "warmup")
-TRAINING += ("batch_size", "micro_batch", "lr", "no_divergence", "compile")
-
-
-def settle(args, world):
-    """Fills in what follows from the method or stands in the checkpoint; refuses what cannot be."""
-    typed = [f"--{k.replace('_', '-')}" for k in TRAINING if getattr(args, k)]
-    found = read_checkpoint(args.eval, "cpu")["config"] if args.eval else {}
-    args.trained_on = found.get("dataset")
-    args.method = found.get("method") or args.method or "meanflow"
-    args.dataset = args.dataset or args.trained_on or "cifar10"
-    args.dataset = args.dataset if args.dataset in SIZES else str(Path(args.dataset))
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.paper = args.paper or found.get("paper", False)
+def settle(args, config, world):
+    """Fills in what follows from the method, or the checkpoint; refuses what cannot work."""
+    args.method = config.get("method") or args.method or "meanflow"
+    args.dataset = args.dataset or config.get("dataset") or "cifar10"
+    args.paper = args.paper or config.get("paper", False)
     recipe = RECIPES[args.method]
-    args.mirror = args.paper and recipe["condition"] in ("semigroup", "eulerian")
     side = SIZES.get(args.dataset)
+    args.dataset = args.dataset if side else str(Path(args.dataset))
     defaults = {k: recipe[k] for k in ("steps", "batch_size", "lr", "dropout")}
     defaults |= {"channels": 128, "blocks": 4, "image_size": side or 32}
-    defaults |= {
-        "micro_batch": min(128, max(1, (args.batch_size or recipe["batch_size"]) // world))
-    }
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
-    head = found["model"]["head"] if found else not args.no_divergence and args.method != "flow"
-    args.head = head
-    share = args.batch_size // world
-    launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ)
-    if args.warmup is None and (args.init or not head):
-        args.warmup = 0
-    for wrong, sentence in (
-        (world > 1 and not launched, "WORLD_SIZE is set: start with torchrun, or unset it"),
-        (args.device == "cuda" and not torch.cuda.is_available(), "no CUDA here: use --device cpu"),
-        (args.eval and typed, f"--eval does not train: drop {' '.join(typed)}"),
-        (args.sample and not args.eval, "--sample needs a checkpoint: add --eval CKPT"),
-        (
-            not args.sample and not side and not Path(args.dataset).is_dir(),
-            f"{args.dataset} is no folder: name one, or one of {', '.join(SIZES)}",
-        ),
-        (args.image_size % 4, f"--image-size {args.image_size} is no multiple of 4: use one"),
-        (
-            side and args.image_size != side and not args.eval,
-            f"{args.dataset} is of side {side}: drop --image-size",
-        ),
-        (
-            args.batch_size % world,
-            f"--batch-size {args.batch_size} is no multiple of {world} processes",
-        ),
-        (args.micro_batch > share, f"--micro-batch is more than a process has: {share} at most"),
-        (
-            args.method == "shortcut-distill" and not args.teacher and not args.eval,
-            "shortcut-distill needs --teacher CKPT, the latest.pt of a run with --method flow",
-        ),
-        (
-            args.method in ("flow", "shortcut") and args.teacher and not args.eval,
-            f"--method {args.method} has no teacher: drop --teacher, or use shortcut-distill",
-        ),
-        (args.guidance and not head, "--guidance needs a divergence head: drop it"),
-        (args.sample and not head, "--sample needs a divergence head, for the log p"),
-    ):
-        if wrong:
-            raise BadInput(f"{sentence}.")
-    return found
+    args.mirror = args.paper and recipe["condition"] in ("semigroup", "eulerian")
+    args.head = config.get("head", args.method != "flow" and not args.no_divergence)
+    share, rest = divmod(args.batch_size, world)
+    args.micro_batch = args.micro_batch or min(128, share)
+    launched = world == 1 or {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ)
+    taught = args.teacher or args.eval or args.method != "shortcut-distill"
+    alone = args.eval or not args.teacher or args.method not in ("flow", "shortcut")
+    folder = side or args.sample or Path(args.dataset).is_dir()
+    require(launched, "WORLD_SIZE is set: start with torchrun, or unset it.")
+    require(folder, f"{args.dataset} is no folder: name one, or {', '.join(SIZES)}.")
+    require(taught, "shortcut-distill needs --teacher CKPT, a latest.pt of --method flow.")
+    require(alone, f"--method {args.method} has no teacher: drop it, or use shortcut-distill.")
+    require(args.eval or not args.sample, "--sample needs a checkpoint: add --eval CKPT.")
+    require(args.head or not args.sample, "--sample needs a divergence head, for the log p.")
+    require(args.head or not args.guidance, "--guidance needs a divergence head: drop it.")
+    require(args.image_size % 4 == 0, "--image-size must be a multiple of 4.")
+    require(args.eval or args.image_size == (side or args.image_size), "drop --image-size.")
+    require(not rest, f"--batch-size {args.batch_size} is no multiple of {world} processes.")
+    require(args.micro_batch <= share, f"--micro-batch is at most a process's share, {share}.")
 
 
-def open_folder(args):
-    """Makes --out, proves that it can be written, and keeps a second process out of it."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        args.lock = open(args.out / ".lock", "w")
-        fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BadInput(
-            f"another process works in {args.out}: wait, or choose another --out."
-        ) from error
-    except OSError as error:
-        raise BadInput(f"{args.out} cannot be written ({error}): choose another --out.") from error
-
-
-def evaluate_only(args, config):
-    """--eval, with or without --sample: needs the checkpoint and, but for samples, images."""
-    flow, state = load_model(args.eval, args.device)
-    source, known = config["teacher"] or (None, None)
-    if not args.teacher and source and Path(source).exists() and content(source) == known:
-        args.teacher = Path(source)
-    teacher, _ = load_model(args.teacher, args.device)
+def run_evaluation(args, flow, state):
+    """--eval, with or without --sample: needs the checkpoint and, but for samples, the images."""
+    config = state["config"]
+    path = config["teacher_path"]
+    if path and not args.teacher and Path(path).exists():
+        same = load(path, "cpu")[1]["sha256"] == config["teacher"]
+        args.teacher = path if same else None
+    teacher = args.teacher and load(args.teacher, args.device)[0]
     name = f"samples-{args.seed}" if args.sample else f"eval-{Path(args.dataset).name}"
-    name += "-paper" * args.paper + (f"-guided-{args.guidance:g}" if args.guidance else "")
-    args.out = args.out or args.eval.parent / name
-    open_folder(args)
-    about = describe(args, config, state["step"], content(args.eval))
-    if (args.out / "metrics.json").exists():
-        old = json.loads((args.out / "metrics.json").read_text())
-        other = [k for k, v in about.items() if old.get(k) != v]
-        if other:
-            raise BadInput(
-                f"{args.out} holds figures of other {', '.join(other)}: name another --out."
-            )
+    name += "-paper" * args.paper + f"-guided-{args.guidance}" * bool(args.guidance)
+    args.out = args.out or args.eval.parent / f"{name}-{state['step']}"
+    lock = open_folder(args.out)
+    new = not (args.out / "metrics.json").exists()
+    require(new, f"{args.out} holds an evaluation already: name another --out.")
     if args.sample:
-        return write_samples(args, flow, about)
-    model = config["model"]
-    held_out = args.dataset in (args.trained_on, *SIZES)
-    data = load_data(args.dataset, args.data, model["image_size"], model["colours"], held_out)
-    print_table(evaluate(args, flow, teacher, data, about))
+        write_samples(args, flow, state)
+    else:
+        held_out = args.dataset in (config["dataset"], *SIZES)
+        size = config["image_size"]
+        data = load_data(args.dataset, args.data, size, config["colours"], held_out)
+        evaluate(args, flow, state, teacher, data)
+    lock.close()
 
 
-def describe(args, config, step, sha256):
-    """What the figures of an evaluation are of."""
-    about = {k: getattr(args, k) for k in ("dataset", "method", "mirror", "guidance", "seed")}
-    oracle = f"the ODE of {args.teacher}" if args.teacher else "its own ODE"
-    about |= {"oracle_of": oracle, "oracle_steps": ORACLE_STEPS, "model": config["model"]}
-    return about | {"step": step, "sha256": sha256}
+def configure(args, teacher, source, colours):
+    """What a run is; that of a run in --out must be the same."""
+    keys = ("dataset", "method", "paper", "seed", "batch_size", "lr", "warmup", "image_size")
+    config = {k: getattr(args, k) for k in (*keys, "channels", "blocks", "dropout", "head")}
+    config |= {"colours": colours, "teacher": teacher and teacher["sha256"]}
+    config["teacher_path"] = teacher and str(args.teacher.resolve())
+    config |= {"init": source and source["sha256"]}
+    if source:
+        keys = ("image_size", "channels", "blocks", "colours", "paper")
+        wrong = [k for k in keys if source["config"][k] != config[k]]
+        require(
+            not wrong, f"{args.init or args.teacher} has other {', '.join(wrong)}: use its options."
+        )
+    return config
 
 
-def train_and_evaluate(args, rank, world):
+def run_training(args, rank, world):
+    args.out = args.out or Path(f"runs/image/{Path(args.dataset).name}-{args.method}-{args.seed}")
+    lock = open_folder(args.out) if rank == 0 else None
     path = args.out / "latest.pt"
-    found = read_checkpoint(path, "cpu")["config"] if path.exists() else {}
+    found = load(path, "cpu")[1]["config"] if path.exists() else {}
     if args.warmup is None:
-        args.warmup = found.get("warmup", int(RECIPES[args.method]["warmup"] * args.steps))
-    keys = ("dataset", "method", "paper", "seed", "batch_size", "lr", "warmup")
-    config = {k: getattr(args, k) for k in keys}
-    for k in ("teacher", "init"):
-        config[k] = getattr(args, k) and [
-            str(getattr(args, k).resolve()),
-            content(getattr(args, k)),
-        ]
-    model = {k: getattr(args, k) for k in ("image_size", "channels", "blocks", "dropout", "paper")}
-    config["model"] = model | {"head": args.head}
-    wrong = [k for k in config if k != "model" and found and found[k] != config[k]]
-    wrong += [k for k, v in config["model"].items() if found and found["model"][k] != v]
-    if wrong:
-        raise BadInput(f"{args.out} holds a run of other {', '.join(wrong)}: choose another --out.")
+        share = 0 if args.init or not args.head else RECIPES[args.method]["warmup"]
+        args.warmup = found.get("warmup", int(share * args.steps))
+    if world > 1:
+        cuda = args.device == "cuda"
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
+        distributed.init_process_group("nccl" if cuda else "gloo")
+    teacher, taught = load(args.teacher, args.device) if args.teacher else (None, None)
+    source = load(args.init, args.device)[1] if args.init else taught
+    for turn in (True, False) if world > 1 else (True,):  # one process downloads
+        if turn == (rank == 0):
+            data = load_data(
+                args.dataset, args.data, args.image_size, source and source["config"]["colours"]
+            )
+        if world > 1:
+            distributed.barrier()
+    images = data["train"][0]
+    config = configure(args, taught, source, images.shape[1])
+    wrong = [k for k in found if found[k] != config[k] and k != "teacher_path"]
+    require(not wrong, f"{args.out} holds a run of other {', '.join(wrong)}: choose another --out.")
 
     torch.manual_seed(args.seed)
-    teacher, teacher_state = load_model(args.teacher, args.device)
-    _, source = load_model(args.init, args.device) if args.init else (None, teacher_state)
-    if world > 1 and rank > 0:  # one process downloads
-        distributed.barrier()
-    colours = source["config"]["model"]["colours"] if source else None
-    data = load_data(args.dataset, args.data, args.image_size, colours)
-    if world > 1 and rank == 0:
-        distributed.barrier()
-    config["model"]["colours"] = data["train"][0].shape[1]
-    flow = build(config["model"], args.device)
+    flow = build(config, args.device)
     if source:  # a student starts from its teacher's weights
-        other = source["config"]["model"]
-        wrong = [
-            k for k, v in config["model"].items() if other[k] != v and k not in ("head", "dropout")
-        ]
-        if wrong:
-            raise BadInput(
-                f"{args.init or args.teacher} has other {', '.join(wrong)}: use its options."
-            )
-        weights = (
-            source["ema"]
-            if other["head"] and args.head
-            else {k: v for k, v in source["ema"].items() if k.startswith("backbone.")}
-        )
+        parts = ("backbone", "head") if source["config"]["head"] else ("backbone",)
+        weights = {k: w for k, w in source["ema"].items() if k.split(".")[0] in parts}
         flow.load_state_dict(weights, strict=False)
-    size = sum(p.numel() for p in flow.parameters())
     if rank == 0:
-        print(
-            f"{len(data['train'][0]):,} train, {len(data['test'][0]):,} test images; {size:,} parameters; {args.steps} steps; {config}"
-        )
-    images = data["train"][0]
-    resident = images.to(args.device) if images.numel() < 2**32 else images
-    train(args, config, flow, teacher, resident, rank, world)
+        counts = f"{len(images):,} train, {len(data['test'][0]):,} test images"
+        size = sum(p.numel() for p in flow.parameters())
+        print(f"{counts}; {size:,} parameters; {args.steps} steps; {config}", flush=True)
+    images = images.to(args.device) if images.numel() < 2**32 else images
+    train(args, config, flow, teacher, images, rank, world)
     if rank == 0:
-        flow, state = load_model(path, args.device)
-        about = describe(args, config, state["step"], content(path))
-        print_table(evaluate(args, flow, teacher, data, about))
+        evaluate(args, *load(path, args.device), teacher, data)
+        lock.close()
 
 
 def main(argv=None):
     parser, args = parse(argv)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
     try:
-        config = settle(args, world)
+        flow, state = load(args.eval, args.device) if args.eval else (None, {"config": {}})
+        settle(args, state["config"], world)
         if args.eval:
-            return evaluate_only(args, config)
-        args.out = args.out or Path(
-            f"runs/image/{Path(args.dataset).name}-{args.method}-{args.seed}"
-        )
-        if rank == 0:
-            open_folder(args)
-        if world > 1:
-            cuda = args.device == "cuda"
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
-            distributed.init_process_group("nccl" if cuda else "gloo")
-        train_and_evaluate(args, rank, world)
+            run_evaluation(args, flow, state)
+        else:
+            run_training(args, int(os.environ.get("RANK", 0)), world)
     except BadInput as error:
         parser.exit(2, f"train_image.py: {error}\n")
 
