@@ -93,7 +93,7 @@ class Gaussians:
 
 TARGETS = {"checkerboard": Checkerboard, "gaussians": Gaussians}
 
-# Weight decay, for Muon, keeps what teaches itself from blowing up; so do no log times MeanFlow.
+# Without weight decay maps that teach themselves blew up; so did MeanFlow with ln(1-t) features.
 RECIPES = {
     "flow": dict(condition=None, teacher=False, weight_decay=0.0, log_times=True),
     "shortcut": dict(condition="semigroup", teacher=False, weight_decay=0.1, log_times=True),

@@ -567,17 +567,20 @@ def test_the_lagrangian_gradient_runs_through_d_ds_alone():
         torch.testing.assert_close(by_b, -expected.sum())
 
 
-def test_both_passes_of_the_eulerian_drop_the_same_units():
+def test_both_passes_of_the_eulerian_drop_the_same_units_and_one_keeps_a_graph():
     flow = small_flow()
     seen = []
+    graph = []
 
     def noisy(x, t, s):
         seen.append(torch.rand(5))
+        graph.append(torch.is_grad_enabled())
         return flow(x, t, s)
 
     t, s = times(3)
     f2d2.eulerian(noisy, field(flow.velocity), normal(3, 2), t, s)
     assert len(seen) == 2 and torch.equal(*seen)
+    assert graph == [False, True]  # a graph through the jvp would take the memory of two
 
 
 def test_the_eulerian_s_one_pass_for_compilers_equals_its_two_passes(monkeypatch):

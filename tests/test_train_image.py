@@ -31,9 +31,7 @@ ROOT = Path(train_image.__file__).parent
 NETWORK = ["--image-size", "8", "--channels", "4", "--blocks", "1", "--dropout", "0"]
 QUICK = ["--oracle-images", "3", "--device", "cpu"]
 TINY = [*NETWORK, *QUICK, "--batch-size", "4", "--lr", "1e-3"]
-MODEL = dict(
-    image_size=8, channels=4, blocks=1, dropout=0.0, colours=3, paper=False, head=True
-)
+MODEL = dict(image_size=8, channels=4, blocks=1, dropout=0.0, colours=3, paper=False, head=True)
 TERMS = ("vm", "u", "div", "D")
 
 
@@ -41,9 +39,7 @@ TERMS = ("vm", "u", "div", "D")
 class Small(TinyBackbone):
     """Behind the U-Net's door, for the tests in which the network does not matter."""
 
-    def __init__(
-        self, image_size=8, channels=4, blocks=1, dropout=0.0, colours=3, paper=False
-    ):
+    def __init__(self, image_size=8, channels=4, blocks=1, dropout=0.0, colours=3, paper=False):
         super().__init__(colours * image_size**2, channels, paper)
         self.feature_dim = channels
         self.dropout = nn.Dropout(dropout)
@@ -67,9 +63,7 @@ def stand_ins():
 
 def write_images(folder, n, size=8, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
-    images = np.random.default_rng(seed).integers(
-        0, 256, (n, size, size, 3), dtype=np.uint8
-    )
+    images = np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{i:03d}.png")
     return images.transpose(0, 3, 1, 2)
@@ -173,9 +167,7 @@ def unet(dtype=torch.float64, size=8, **options):
 
 
 def noise(*shape):
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    )
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def test_the_default_unet_has_50_to_60_million_parameters_and_a_small_head():
@@ -232,11 +224,7 @@ def test_attention_is_torch_s():
     embedding = noise(2, 8)
     h = plain(x, embedding)
     q, k, v = (a.transpose(1, 2) for a in block.qkv(h).flatten(2).chunk(3, 1))
-    out = (
-        nn.functional.scaled_dot_product_attention(q, k, v)
-        .transpose(1, 2)
-        .reshape(h.shape)
-    )
+    out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
     torch.testing.assert_close(block(x, embedding), h + block.merge(out))
 
 
@@ -249,9 +237,7 @@ def test_the_times_scale_and_shift_the_middle_of_a_block(resize):
     h = block.before(x) * (1 + wide(scale.flatten(), scale)).reshape(2, 8, 1, 1)
     h = h + shift.reshape(2, 8, 1, 1)
     smaller = x if resize is None else resize(x)
-    torch.testing.assert_close(
-        block(x, embedding), block.skip(smaller) + block.after(h)
-    )
+    torch.testing.assert_close(block(x, embedding), block.skip(smaller) + block.after(h))
 
 
 def test_features_hear_the_bottleneck_and_the_last_layer_and_its_size():
@@ -263,9 +249,7 @@ def test_features_hear_the_bottleneck_and_the_last_layer_and_its_size():
             flow.backbone.middle[1].modulate.weight,
             flow.backbone.up[-1].modulate.weight,
         ]
-        slopes = torch.autograd.grad(
-            part.sum(), weights, allow_unused=True, retain_graph=True
-        )
+        slopes = torch.autograd.grad(part.sum(), weights, allow_unused=True, retain_graph=True)
         assert slopes[0].abs().max() > 0
         assert (slopes[1] is not None and slopes[1].abs().max() > 0) == hears_the_end
 
@@ -278,9 +262,7 @@ def test_the_head_sees_how_large_an_image_is():
     t = torch.rand(2)
     size = backbone(x, t, t)[1][:, -32:]
     larger = backbone(10 * x, t, t)[1][:, -32:]
-    torch.testing.assert_close(
-        larger - size, torch.full((2, 32), math.log(100)), atol=0.1, rtol=0
-    )
+    torch.testing.assert_close(larger - size, torch.full((2, 32), math.log(100)), atol=0.1, rtol=0)
     norms = [m for m in backbone.modules() if isinstance(m, nn.GroupNorm)]
     assert all(m.num_channels // m.num_groups >= 4 for m in norms)
 
@@ -324,9 +306,7 @@ def flops_of_a_step(method):
     return flops.total
 
 
-@pytest.mark.parametrize(
-    "method, most", [("shortcut", 1.67), ("meanflow", 2.42), ("lsd", 2.50)]
-)
+@pytest.mark.parametrize("method, most", [("shortcut", 1.67), ("meanflow", 2.42), ("lsd", 2.50)])
 def test_flops_of_a_step_over_a_flow_step(method, most):
     ratio = flops_of_a_step(method) / flops_of_a_step("flow")
     assert most - 0.3 < ratio < most + 0.005
@@ -354,13 +334,9 @@ def test_a_step_makes_no_tensor_on_the_host(condition):
         ("lsd", "RAdam", 1e-4, 256, 0, 0.5, 0.5, 1.0),
     ],
 )
-def test_the_published_recipes(
-    method, optimizer, lr, batch, dropout, flip, diagonal, clip
-):
+def test_the_published_recipes(method, optimizer, lr, batch, dropout, flip, diagonal, clip):
     recipe = RECIPES[method]
-    expected = dict(
-        optimizer=optimizer, lr=lr, batch_size=batch, dropout=dropout, flip=flip
-    )
+    expected = dict(optimizer=optimizer, lr=lr, batch_size=batch, dropout=dropout, flip=flip)
     expected |= {"clip": clip} | ({"diagonal": diagonal} if diagonal else {})
     assert {k: recipe[k] for k in expected} == expected
 
@@ -374,9 +350,7 @@ def test_each_recipe_s_condition_and_diagonal_reach_the_loss(
     calls = spy(monkeypatch)
     run(tmp_path, photos, "--method", method, "--batch-size", 8, steps=1)
     (call,) = calls
-    conditions = dict(
-        flow=None, shortcut="semigroup", meanflow="eulerian", lsd="lagrangian"
-    )
+    conditions = dict(flow=None, shortcut="semigroup", meanflow="eulerian", lsd="lagrangian")
     assert call["condition"] == conditions[method]
     assert len(call["x1"]) == 8
     if method != "flow":
@@ -402,12 +376,8 @@ def test_the_teacher_paper_and_the_warm_start_reach_the_loss(
         assert torch.equal(calls[0]["teacher"](calls[0]["x1"], calls[0]["t"]), v)
 
 
-@pytest.mark.parametrize(
-    "method, share", [("shortcut", 10 / 11), ("meanflow", 0.5), ("lsd", 0.5)]
-)
-def test_the_warm_start_is_a_share_of_the_steps(
-    tmp_path, photos, monkeypatch, method, share
-):
+@pytest.mark.parametrize("method, share", [("shortcut", 10 / 11), ("meanflow", 0.5), ("lsd", 0.5)])
+def test_the_warm_start_is_a_share_of_the_steps(tmp_path, photos, monkeypatch, method, share):
     rates = []
     calls = spy(monkeypatch)
     run(tmp_path, photos, "--method", method, steps=11)
@@ -473,16 +443,10 @@ def test_the_learning_rate_of_lsd_falls_as_the_root_and_all_rise_for_10_000_step
     assert rates == pytest.approx([1e-3 * share])
 
 
-@pytest.mark.parametrize(
-    "method, clip", [("shortcut", 0.01), ("lsd", 1.0), ("meanflow", None)]
-)
-def test_gradients_are_clipped_as_published(
-    tmp_path, photos, monkeypatch, method, clip
-):
+@pytest.mark.parametrize("method, clip", [("shortcut", 0.01), ("lsd", 1.0), ("meanflow", None)])
+def test_gradients_are_clipped_as_published(tmp_path, photos, monkeypatch, method, clip):
     def length(optimizer):
-        gradients = [
-            p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None
-        ]
+        gradients = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
         return torch.stack([g.square().sum() for g in gradients]).sum().sqrt().item()
 
     def a_thousand_times(losses, arguments):
@@ -512,23 +476,15 @@ def test_averaged_weights_remember_a_twentieth_of_the_images_seen_up_to_the_publ
     assert state["step"] == done + 1
     for name, weight in state["flow"].items():
         if "variances" not in name:  # a constant
-            torch.testing.assert_close(
-                state["ema"][name], newest * weight, rtol=1e-4, atol=0
-            )
+            torch.testing.assert_close(state["ema"][name], newest * weight, rtol=1e-4, atol=0)
 
 
 # ------------------------------------------------------------------------------- batches
-def batch_of(
-    method, batch_size=1000, data=None, step=1, rank=0, world=1, seed=0, paper=False
-):
+def batch_of(method, batch_size=1000, data=None, step=1, rank=0, world=1, seed=0, paper=False):
     if data is None:
         generator = torch.Generator().manual_seed(0)
-        data = torch.randint(
-            0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=generator
-        )
-    args = argparse.Namespace(
-        method=method, seed=seed, batch_size=batch_size, device="cpu"
-    )
+        data = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    args = argparse.Namespace(method=method, seed=seed, batch_size=batch_size, device="cpu")
     args.paper = paper
     return draw(data, args, step, rank, world)
 
@@ -572,9 +528,7 @@ def test_times_are_the_recipe_s(method, paper, forward):
     assert share == 1 if forward else share == pytest.approx(0.5, abs=0.05)
     late = (1 - torch.cat([t, s]) < 0.03).double().mean().item()
     if not paper:  # half of the pairs log-uniform in [0.001, 1]
-        assert late == pytest.approx(
-            0.5 * 0.03 + 0.5 * math.log(30) / math.log(1000), abs=0.04
-        )
+        assert late == pytest.approx(0.5 * 0.03 + 0.5 * math.log(30) / math.log(1000), abs=0.04)
     elif method == "meanflow":
         logits = torch.logit(1 - torch.cat([t, s]).double())
         assert logits.mean() == pytest.approx(-2, abs=0.2)
@@ -588,9 +542,7 @@ def test_probes_are_the_paper_s_signs_or_white_in_a_dct_basis():
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     eps = batch_of("lsd")[4]
     assert eps.unique().numel() > 10
-    torch.testing.assert_close(
-        eps.square().flatten(1).sum(1), torch.full((1000,), 48.0)
-    )
+    torch.testing.assert_close(eps.square().flatten(1).sum(1), torch.full((1000,), 48.0))
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -607,15 +559,9 @@ def test_a_batch_is_a_function_of_seed_and_step():
 @pytest.mark.parametrize("paper", [True, False])
 def test_ranks_share_one_global_batch_whatever_their_number(world, paper):
     whole = batch_of("meanflow", 8, paper=paper)
-    parts = [
-        batch_of("meanflow", 8, rank=r, world=world, paper=paper) for r in range(world)
-    ]
+    parts = [batch_of("meanflow", 8, rank=r, world=world, paper=paper) for r in range(world)]
     for all_of_it, *pieces in zip(whole, *parts):
-        rows = (
-            torch.cat(pieces).flatten(1)
-            if all_of_it.dim() > 1
-            else torch.cat(pieces)[:, None]
-        )
+        rows = torch.cat(pieces).flatten(1) if all_of_it.dim() > 1 else torch.cat(pieces)[:, None]
         expected = all_of_it.reshape(8, -1)
         assert sorted(rows.tolist()) == sorted(expected.tolist())
         assert all(len(piece) == 8 // world for piece in pieces)
@@ -634,9 +580,7 @@ def test_dropout_masks_differ_between_ranks_and_steps_and_come_back():
 def gradients_of(flow, accumulated):
     flow.zero_grad()
     losses = accumulated()
-    return losses, [
-        None if p.grad is None else p.grad.clone() for p in flow.parameters()
-    ]
+    return losses, [None if p.grad is None else p.grad.clone() for p in flow.parameters()]
 
 
 @pytest.mark.parametrize("paper", [True, False])
@@ -664,9 +608,7 @@ def test_pieces_give_the_gradients_of_the_whole(condition, with_teacher, paper):
             cut = functools.partial(accumulate, objective, batch, n, count)
             found, others = gradients_of(flow, cut)
             for name in TERMS:
-                torch.testing.assert_close(
-                    found[name], expected[name].detach(), msg=name
-                )
+                torch.testing.assert_close(found[name], expected[name].detach(), msg=name)
             for g, other in zip(gradients, others):
                 assert (g is None) == (other is None)
                 if g is not None:
@@ -718,9 +660,7 @@ def test_out_of_memory_leads_to_half_the_piece_and_the_same_weights(
     calls = spy(monkeypatch, out_of_memory_above(4))
     run(tmp_path / "scarce", photos, *options)
     assert [len(call["x1"]) for call in calls] == [8] + 6 * [4]
-    lines = [
-        line for line in capsys.readouterr().out.splitlines() if "out of memory" in line
-    ]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     assert len(lines) == 1 and "4 images" in lines[0]
     plenty, scarce = checkpoint(tmp_path / "plenty"), checkpoint(tmp_path / "scarce")
     assert_same_weights(plenty, scarce, rtol=1e-5, atol=1e-6)
@@ -769,11 +709,7 @@ def test_every_method(tmp_path, photos, teacher, options, capsys):
     metrics = run(tmp_path, photos, *options, "--dropout", 0.1, steps=4)
     head = "--no-divergence" not in options and "flow" not in options
     assert metrics["model"]["head"] == head
-    assert (
-        metrics["step"] == 4
-        and metrics["images"] == 5
-        and metrics["oracle_images"] == 3
-    )
+    assert metrics["step"] == 4 and metrics["images"] == 5 and metrics["oracle_images"] == 3
     assert metrics["mirror"] == ("--paper" in options and "lsd" not in options)
     assert list(metrics["steps"]) == ["8", "4", "2", "1"]
     assert math.isfinite(metrics["oracle"]["bpd"])
@@ -794,9 +730,7 @@ def test_every_method(tmp_path, photos, teacher, options, capsys):
 @pytest.mark.usefixtures("real_network")
 @pytest.mark.parametrize("method", ["flow", "shortcut", "meanflow", "lsd"])
 def test_the_unet_is_what_is_trained(tmp_path, photos, method):
-    metrics = run(
-        tmp_path, photos, "--method", method, "--dropout", 0.1, "--warmup", 1, steps=2
-    )
+    metrics = run(tmp_path, photos, "--method", method, "--dropout", 0.1, "--warmup", 1, steps=2)
     state = checkpoint(tmp_path)
     assert metrics["step"] == 2 and math.isfinite(metrics["oracle"]["bpd"])
     assert state["flow"]["backbone.stem.weight"].shape == (4, 3, 3, 3)
@@ -817,17 +751,13 @@ def test_dropout_reaches_the_network(tmp_path, photos):
 def test_the_train_split_is_trained_on(tmp_path, photos, monkeypatch):
     calls = spy(monkeypatch)
     run(tmp_path, photos, "--method", "lsd", "--batch-size", 64, steps=2)
-    drawn = {
-        image.numpy().tobytes() for call in calls for image in to_bytes(call["x1"])
-    }
+    drawn = {image.numpy().tobytes() for call in calls for image in to_bytes(call["x1"])}
     images = torch.from_numpy(write_images(tmp_path / "again", 12))
     train = {image.numpy().tobytes() for image in torch.cat([images, images.flip(3)])}
     assert len(drawn) > 12 and drawn <= train
 
 
-def test_a_student_starts_from_its_teacher_or_from_init(
-    tmp_path, photos, teacher, monkeypatch
-):
+def test_a_student_starts_from_its_teacher_or_from_init(tmp_path, photos, teacher, monkeypatch):
     other = tmp_path / "other"
     run(other, photos, "--method", "meanflow", "--seed", 3, steps=2)
     monkeypatch.setattr(f2d2, "f2d2_loss", no_loss)
@@ -873,9 +803,7 @@ def test_averaged_weights_are_evaluated(tmp_path, photos):
         found[part] = json.loads((out / "metrics.json").read_text())["steps"]
     assert found[None] == trained["steps"]
     assert found["flow"] == trained["steps"]
-    assert found["ema"]["1"]["bpd"] != pytest.approx(
-        trained["steps"]["1"]["bpd"], abs=1e-4
-    )
+    assert found["ema"]["1"]["bpd"] != pytest.approx(trained["steps"]["1"]["bpd"], abs=1e-4)
 
 
 def test_the_teacher_is_the_oracle(tmp_path, photos, teacher):
@@ -888,12 +816,8 @@ def test_the_teacher_is_the_oracle(tmp_path, photos, teacher):
 
 
 # ------------------------------------------------------------------------------- going on
-@pytest.mark.parametrize(
-    "method", ["flow", "shortcut", "shortcut-distill", "meanflow", "lsd"]
-)
-def test_more_steps_go_on_whatever_the_method(
-    tmp_path, photos, teacher, monkeypatch, method
-):
+@pytest.mark.parametrize("method", ["flow", "shortcut", "shortcut-distill", "meanflow", "lsd"])
+def test_more_steps_go_on_whatever_the_method(tmp_path, photos, teacher, monkeypatch, method):
     options = ["--method", method]
     if method == "shortcut-distill":
         options += ["--teacher", teacher]
@@ -969,9 +893,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, photos):
         one = run(tmp_path / "one", photos, *options)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", train_image.__file__, *TINY]
-    command += words(
-        "--dataset", photos, "--steps", 3, "--out", tmp_path / "two", *options
-    )
+    command += words("--dataset", photos, "--steps", 3, "--out", tmp_path / "two", *options)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -983,9 +905,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, photos):
     assert two["steps"]["1"]["bpd"] == pytest.approx(one["steps"]["1"]["bpd"], abs=1e-4)
 
 
-def test_a_world_without_torchrun_is_one_sentence(
-    tmp_path, photos, monkeypatch, capsys
-):
+def test_a_world_without_torchrun_is_one_sentence(tmp_path, photos, monkeypatch, capsys):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -999,9 +919,7 @@ def test_a_batch_that_the_processes_cannot_share_is_one_sentence(
     monkeypatch.setenv("WORLD_SIZE", "3")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.setenv(name, "0")
-    assert "3 processes" in refused(
-        capsys, *TINY, "--dataset", photos, "--out", tmp_path
-    )
+    assert "3 processes" in refused(capsys, *TINY, "--dataset", photos, "--out", tmp_path)
 
 
 # ------------------------------------------------------------------------------- faults
@@ -1038,9 +956,7 @@ def full_disk(content, file, *args, **options):
 
 
 @pytest.mark.parametrize("before", [0, 2])
-def test_a_full_disk_leaves_the_state_before_it(
-    tmp_path, photos, monkeypatch, capsys, before
-):
+def test_a_full_disk_leaves_the_state_before_it(tmp_path, photos, monkeypatch, capsys, before):
     path = tmp_path / "out/latest.pt"
     options = ["--dataset", photos, "--method", "lsd", "--out", path.parent]
     if before:
@@ -1083,9 +999,7 @@ def test_the_same_out_twice_at_once_is_refused_the_second_time(
     main([*TINY, *words(*options)])  # afterwards it may
 
 
-def test_another_run_in_out_is_refused_and_left_alone(
-    tmp_path, photos, teacher, capsys
-):
+def test_another_run_in_out_is_refused_and_left_alone(tmp_path, photos, teacher, capsys):
     out = tmp_path / "out"
     run(out, photos, "--method", "lsd", steps=1)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -1118,9 +1032,7 @@ def test_another_run_in_out_is_refused_and_left_alone(
 
 # ------------------------------------------------------------------------------- torch.compile
 @pytest.mark.parametrize("method", ["flow", "shortcut", "meanflow", "lsd"])
-def test_a_compiled_loss_trains_to_the_same_weights(
-    tmp_path, photos, monkeypatch, method
-):
+def test_a_compiled_loss_trains_to_the_same_weights(tmp_path, photos, monkeypatch, method):
     """aot_eager traces as the compiler does, and needs no compiler."""
     options = ["--method", method, "--warmup", 1, "--batch-size", 6, "--micro-batch", 6]
     run(tmp_path / "eager", photos, *options, steps=2)
