@@ -10,8 +10,7 @@ Conventions: a silent clash of these is the most repeated bug of this family.
   code                shape         paper     meaning
   x                   [B, ...]      x_t       state at time t: t = 0 noise N(0, I), t = 1 data,
                                               x_t = (1-t) x_0 + t x_1
-  t, s                [B]           t, s      current time, target time, each in [0, 1], in either
-                                              order: s < t runs backwards
+  t, s                [B]           t, s      current, target time in [0, 1]; s < t runs backwards
   u                   [B, ...]      u(x,t,s)  average velocity over [t, s]
   D                   [B]           D(x,t,s)  average rate of change of log p along the trajectory,
                                               nats per unit time: MINUS the average divergence
@@ -20,8 +19,9 @@ Conventions: a silent clash of these is the most repeated bug of this family.
   g(x, t)             (v, -div v)             rates of the coupled ODEs; (v,) without a head
   log_p               [B]                     nats per example (bits_per_dim converts)
 
-Arguments come in the order (x, t, s). A `flow` may be any callable (x, t, s) -> (u, D) or (u,).
-What is not in the paper is marked [ours]; `paper=True` switches it off.
+Arguments come in the order (x, t, s). A `flow` is any callable (x, t, s) -> (u, D) or (u,); for
+labels y sample with lambda x, t, s: flow(x, t, s, y). [ours] marks what is not in the paper, and
+paper=True, of JointFlowMap and of f2d2_loss, undoes it; euler=True does in ode_*.
 """
 
 import math
@@ -35,9 +35,9 @@ from torch.func import jvp, vjp
 class JointFlowMap(nn.Module):
     """Phi_Y(y,t,s) = y + (s-t) f(x,t,s), with y = (x, z), f = (u, D) and z the change of log p.
 
-    backbone(x, t, s, *context) -> u [B, ...], features [B, feature_dim]. The head makes h of
-    features, t and s, and D = d h_0; [ours] D = d (h_0 + sum_k w_k rate_k), w = softmax(h_1..h_12),
-    where rate_k is exact for data N(0, var_k I). Raises ValueError for what does not fit."""
+    backbone(x, t, s, *context) -> u [B, ...], features [B, feature_dim]. Two layers, the head, turn
+    features, t, s into h: D = d h_0; [ours] D = d (h_0 + sum_k w_k r_k), w = softmax(h_1..h_12),
+    r_k = D/d of data N(0, var_k I) in closed form. Raises ValueError for what does not fit."""
 
     def __init__(self, backbone, feature_dim, divergence_head=True, paper=False):
         super().__init__()
@@ -48,7 +48,7 @@ class JointFlowMap(nn.Module):
         if divergence_head:
             std = torch.logspace(math.log10(0.002), math.log10(4), 0 if paper else 12)
             self.register_buffer("variances", std**2)
-            hidden = nn.Linear(feature_dim + (8 if paper else 10), feature_dim)
+            hidden = nn.Linear(feature_dim + (8 if paper else 10), feature_dim)  # time_features
             out = nn.Linear(feature_dim, 1 + len(std))
             nn.init.zeros_(out.weight)
             out.bias.data = torch.cat([torch.zeros(1), -(std.log() ** 2) / 8])  # w around std 1
@@ -75,7 +75,7 @@ class JointFlowMap(nn.Module):
         return x + _wide(s - t, x) * u, z + (s - t) * D[0] if D else z
 
     def velocity(self, x, t, *context):
-        """The tangent condition read backwards: v(x,t) = u(x,t,t), [B, ...]."""
+        """v(x,t) = u(x,t,t) [B, ...], the average over no time at all; the head does not run."""
         _check(x, t)
         return self.backbone(x, t, t, *context)[0]
 
@@ -85,8 +85,8 @@ def divergence(velocity, x, t, probe="rademacher", generator=None):
     """v(x,t) [B, ...] and div v = tr dv/dx = E eps^T (dv/dx) eps [B], for any velocity(x, t).
 
     probe: "exact", over d unit vectors; "rademacher", random signs (FFJORD); [ours] "dct", random
-    signs in a DCT basis, where images are nearly diagonal (3-8 times less variance); or eps itself,
-    shaped as x. Raises ValueError for another probe, and under autocast."""
+    signs in a DCT basis, where dv/dx of images is nearly diagonal (measured: 3-8 times less
+    variance); or eps, shaped as x. Raises ValueError for another probe, and under autocast."""
     _check(x, t)
     _check_probe(probe, x)
     v, pull_back = vjp(lambda x: velocity(x, t), x)  # pull_back(eps) = eps^T dv/dx
@@ -102,7 +102,7 @@ def divergence(velocity, x, t, probe="rademacher", generator=None):
 def hutchinson_probe(x, probe="rademacher", generator=None):
     """eps shaped as x [B, ...], "rademacher" or "dct" as in divergence."""
     eps = torch.randint(0, 2, x.shape, device=x.device, generator=generator).to(x.dtype) * 2 - 1
-    for axis in range(1, x.dim() if probe == "dct" else 1):  # [ours] the colour axis too
+    for axis in range(1, x.dim()) if probe == "dct" else ():  # the colour axis too
         n = x.shape[axis]
         k = torch.arange(n, device=x.device, dtype=x.dtype)
         basis = torch.cos(math.pi / n * k[:, None] * (k + 0.5)) * math.sqrt(2 / n)
@@ -111,7 +111,7 @@ def hutchinson_probe(x, probe="rademacher", generator=None):
     return eps
 
 
-@torch.no_grad()
+@torch.no_grad()  # cuts the graph outside; torch.func differentiates inside all the same
 def coupled_field(velocity, x, t, probe="rademacher", generator=None):
     """g(x,t) = (v, -div v), stop-gradient: dx/dt and dz/dt. (v,) if probe is None."""
     if probe is None:
@@ -121,9 +121,9 @@ def coupled_field(velocity, x, t, probe="rademacher", generator=None):
 
 
 # --------------------------------------------------------------------------- the conditions
-# If f(x,t,t) = g(x,t) and one of three identities holds, Phi_Y is the flow map of the coupled ODEs;
-# u and D obey the same line. Each function takes f(x, t, s) -> (u, D) or (u,), x [B, ...], t and s
-# [B] and returns (prediction, target), tuples like f; targets are stop-gradient but for d/ds f.
+# If f(x,t,t) = g(x,t) and one of three identities holds, Phi_Y is the flow map of the coupled ODEs:
+# read each line for u with v, and for D with -div v. f(x, t, s) -> (u, D) or (u,), x [B, ...], t, s
+# [B] -> (prediction, target), tuples like f; targets are stop-gradient, but for LSD's d/ds f.
 def semigroup(f, x, t, s):
     """Two half jumps make the whole (Shortcut models). With r = (t+s)/2 and x_r = Phi_X(x,t,r):
 
@@ -141,14 +141,14 @@ def eulerian(f, g, x, t, s, v=None, paper=False):
 
     f(x,t,s) = g(x,t) + (s-t) d/dt f(x_t,t,s),   d/dt = jvp on (x,t) with tangents (v, 1)
 
-    v = x_1 - x_0 replaces the velocity in u's target: unbiased, the identity is linear in v. As the
-    jvp's tangent (paper=True) its noise wrecks D's target: [ours] is g's v, the network's own if
-    there is no teacher (published since as "improved MeanFlow", arXiv 2512.02012)."""
+    v = x_1 - x_0 may stand for the velocity, in u's target and as the tangent: E[v|x] is it, and
+    the identity is linear in it. As the tangent (paper=True) its variance swamps D's target: [ours]
+    is g's v there, as in "improved MeanFlow" (arXiv 2512.02012) for u."""
     here = g(x, t)
     tangents = (v if paper and v is not None else here[0], torch.ones_like(t))
-    if torch.compiler.is_compiling():  # one graph, at the price of memory
+    if torch.compiler.is_compiling():  # one graph, one pass, at the price of memory
         prediction, df_dt = jvp(lambda x, t: f(x, t, s), (x, t), tangents)
-    else:  # a second pass needs no more memory than a plain step; the fork: equal dropout in both
+    else:  # a second pass needs no more memory than a plain step; forked: the same dropout in both
         with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():
             _, df_dt = jvp(lambda x, t: f(x, t, s), (x, t), tangents)
         prediction = f(x, t, s)
@@ -163,10 +163,10 @@ def lagrangian(f, g, x, t, s, paper=False):
     f(x,t,s) = g(x_s,s) - (s-t) d/ds f(x,t,s)
 
     The gradient runs through d/ds u, as in the published LSD code, and [ours] through d/ds D."""
-    # w -> w^T df/ds is linear: pulling 1 back through *it* gives df/ds, for less than a jvp.
+    # w -> w^T df/ds is linear: its vjp at 1 is df/ds. Differentiated again, it beats a jvp.
     prediction, pull_back = vjp(lambda s: f(x, t, s), s)
-    _, push_forward = vjp(lambda w: pull_back(w)[0], prediction)
-    df_ds = push_forward(torch.ones_like(s))[0]
+    _, pull_back_again = vjp(lambda w: pull_back(w)[0], prediction)
+    df_ds = pull_back_again(torch.ones_like(s))[0]
     if paper:
         df_ds = (df_ds[0], *(dD_ds.detach() for dD_ds in df_ds[1:]))
     x_s = (x + _wide(s - t, x) * prediction[0]).detach()
@@ -199,13 +199,13 @@ def f2d2_loss(
       L_VM = E |u(x,t,t) - v|^2    L_div = E |D(x,t,t) + div v|^2    on a share `diagonal` of x1
       L_u = E |u - u_target|^2     L_D = E |D - D_target|^2          by `condition`, on the rest
 
-    Means over dimensions, D/d for D; D = -div as in the paper (the project page and both published
-    codes train +div and subtract it). flow(x, t, s) -> (u, D); (u,) leaves out L_div and L_D: the
-    paper's warm start is lambda x, t, s: flow(x, t, s)[:1]. x1 [B, ...]: data. condition None: L_VM
-    + L_div alone. teacher(x, t) -> v; without one v is x_1 - x_0, and u(x,t,t) in div v and d/dt.
-    context [B, ...]: labels, say, the last argument of both. probe: as in divergence. x0, t, s:
-    else drawn, by `generator`. robust [ours]: Huber's loss of D, for targets without noise. paper:
-    unweighted, times uniform and, but for LSD, forward. Raises ValueError for bad input."""
+    |.|^2 is a mean over dimensions; D stands for D/d. The sign is the paper's; the project page and
+    both published codes train +div and subtract it. v and div v are teacher(x, t)'s; without one
+    x_1 - x_0 in L_VM and u_target, u(x,t,t) in div v and d/dt. A flow -> (u,) leaves out "div" and
+    "D": the warm start of the paper is lambda *a: flow(*a)[:1]. x1 [B, ...] data. condition None:
+    L_VM + L_div. context [B, ...], say labels: flow(x, t, s, context), teacher(x, t, context). x0,
+    t, s: else drawn, by `generator`. robust [ours]: Huber's loss of D, for targets without noise.
+    paper: no natural weights, times uniform and, but for LSD, t <= s. Raises ValueError."""
     _check_loss(x1, condition, x0, t, s, context, diagonal, probe)
     if t is None:
         forward = paper and condition in ("semigroup", "eulerian")
@@ -218,11 +218,11 @@ def f2d2_loss(
     adaptive = condition == "eulerian" and (teacher is None or paper)  # MeanFlow's own weight
     velocity = teacher or (lambda x, t, *context: flow(x, t, t, *context)[0])
 
-    # The tangent condition f(x,t,t) = g(x,t): u = v and D = -div v. A batch of one serves both.
+    # The tangent condition f(x,t,t) = g(x,t): u = v and D = -div v.
     n = len(x) if condition is None else max(1, round(diagonal * len(x)))
     f, _ = _fields(flow, velocity, context, None, generator, slice(0, n))
     u, *D = f(x[:n], t[:n], t[:n])
-    probe = probe if D else None
+    probe = probe if D else None  # no head, no divergence from here on
     _, g = _fields(flow, velocity, context, probe, generator, slice(0, n))
     v_target, *D_target = g(x[:n], t[:n]) if teacher or D else (None,)
     v_target = v_target if teacher else (x1 - x0)[:n]
@@ -234,9 +234,9 @@ def f2d2_loss(
         return losses
 
     # The flow map condition, on the rest.
-    n = min(n, len(x) - 1)
+    n = min(n, len(x) - 1)  # both parts have a row at least; a batch of one serves both
     f, g = _fields(flow, velocity, context, probe, generator, slice(n, None))
-    x, t, s = x[n:], t[n:].clone(), s[n:]  # torch.compile refuses the jvp of a view
+    x, t, s = x[n:], t[n:].clone(), s[n:]  # torch.compile has no jvp at this view of t
     if condition == "semigroup":
         (u, *D), (u_target, *D_target) = semigroup(f, x, t, s)
     elif condition == "eulerian":
@@ -266,8 +266,8 @@ def _mean_square(prediction, target, weight=1.0, adaptive=False, robust=False):
     _check_shape(target, prediction.shape, "a target")
     square = (prediction - target).square().reshape(len(target), -1).mean(1)
     if adaptive:  # MeanFlow's, for each example
-        weight = (square.detach() + 1e-3) ** -0.75
-    if robust:  # linear in weighted residuals beyond 0.06; 8/2, against L_u, is measured
+        weight = weight * (square.detach() + 1e-3) ** -0.75
+    if robust:  # of D: 4 r^2 for weighted residuals r up to 0.06, linear beyond; both tuned
         root = weight**0.5
         return 8 * nn.functional.huber_loss(root * prediction, root * target, delta=0.06)
     return (weight * square).mean()
@@ -275,12 +275,12 @@ def _mean_square(prediction, target, weight=1.0, adaptive=False, robust=False):
 
 # --------------------------------------------------------------------------- sampling, likelihood
 def sample(flow, x0, steps):
-    """x0 ~ N(0, I) [B, ...] -> x1 = Phi_X(x0,0,1) in `steps` jumps (NFE), and log p [B] in nats,
+    """x0 ~ N(0, I) [B, ...] -> x1 = Phi_X(x0,0,1) in `steps` jumps, and log p [B] in nats,
 
     log N(x0; 0, I) + sum_k (t_{k+1} - t_k) D(x_k,t_k,t_{k+1}),   None without a head.
 
-    It is that of the ODE's end point; for log p of x1, which a few steps leave a little off it,
-    log_likelihood(flow, x1, steps) errs less."""
+    That is log p where the ODE from x0 ends, which a few-step x1 misses by a little: for log p of
+    x1 itself log_likelihood(flow, x1, steps) errs less. NFE = steps."""
     x1, gained = _travel(flow, x0, time_grid(steps, x0))
     return x1, None if gained is None else normal_log_density(x0) + gained
 
@@ -291,7 +291,7 @@ def log_likelihood(flow, x1, steps, mirror=False):
     log p_1(x1) = log N(x_0; 0, I) + sum_k (t_k - t_{k+1}) D(x_k,t_k,t_{k+1})
 
     mirror: the paper's approximation for maps trained forward only, u(x,t,t-h) ~ u(x,t,t+h) and D
-    alike (target time 2t - s): biased, and no density. Raises ValueError without a head."""
+    alike (target time 2t - s): biased even for exact maps. Raises ValueError without a head."""
     x0, gained = _travel(flow, x1, time_grid(steps, x1).flip(0), mirror)
     _require(gained is not None, "this flow map has no divergence head: train one with it.")
     return normal_log_density(x0) - gained
@@ -311,8 +311,8 @@ def _travel(flow, x, times, mirror=False):
 
 
 def self_guidance(flow, x0, lr=0.005, iterations=1):
-    """Moves x0 [B, ...] to a likelier start by Adam on -log N(x0; 0, I) - D(x0,0,1), in one step in
-    the paper, which gives no lr. Raises ValueError without a head."""
+    """Moves x0 [B, ...] to a likelier start by Adam on -log N(x0; 0, I) - D(x0,0,1). One step in
+    the paper; lr is [ours]. Raises ValueError without a head."""
     _check(x0, finite=True)
     with torch.inference_mode(False), torch.enable_grad():
         x0 = x0.detach().clone().requires_grad_()
@@ -329,7 +329,6 @@ def self_guidance(flow, x0, lr=0.005, iterations=1):
 @torch.no_grad()
 def ode_sample(velocity, x0, steps, euler=False):
     """x0 [B, ...] at t = 0 -> x1 [B, ...], the solution of dx/dt = v(x,t) at t = 1.
-
     [ours] Midpoint rule (NFE = 2 steps) on a grid geometric in 1 - t, because div v grows like
     1/(1-t); euler=True is the paper's Euler rule on a uniform grid (NFE = steps)."""
     return sample(_small_step(velocity, euler), x0, time_grid(steps, x0, not euler))[0]
@@ -350,7 +349,7 @@ def _small_step(velocity, euler, probe=None, generator=None):
 
     def rates(x, t, s):
         if not euler:
-            x = x + _wide((s - t) / 2, x) * coupled_field(velocity, x, t, None)[0]
+            x = x + _wide((s - t) / 2, x) * velocity(x, t)
             t = (t + s) / 2
         return coupled_field(velocity, x, t, probe, generator)
 
@@ -374,7 +373,7 @@ def time_grid(steps, x, geometric=False):
 
 
 # --------------------------------------------------------------------------- [ours]
-DELTA = 0.003  # the shortest 1 - t that matters: only below a grey level are 8-bit data smooth
+DELTA = 0.003  # floor of 1 - t: the noise in a grey level, 2/256 wide, has std 0.0023
 
 
 def sample_times(x, log_share=0.5, forward=False, generator=None):
@@ -414,7 +413,8 @@ def gaussian_rates(t, s, variances):
 
 
 def _weights(part, t, s, teacher, paper):
-    """[ours] Natural weights [B] of squared residuals of u, D: D grows as 1/scale to the data."""
+    """[ours] Natural weights [B] of (residual of u)^2 and (residual of D/d)^2, about 1 / target^2:
+    D/d grows as 1/scale, and a derivative in t or s as 1/(1-t) or 1/(1-s), towards the data."""
     if paper:
         return 1.0, 1.0
     near_t = 1 - t + DELTA
@@ -438,7 +438,7 @@ def dequantize(x_uint8, noise=None, generator=None):
 
 
 def bits_per_dim(log_p, data_dim):
-    """log p (nats, data in [-1, 1)) -> bits per dimension, -log2 P / d; P(bytes) = p (2/256)^d."""
+    """log p (nats, data in [-1, 1)) -> bits per dimension, -log2 P / d; P(bytes) ~ p (2/256)^d."""
     return 7 - log_p / (data_dim * math.log(2))
 
 
@@ -459,7 +459,7 @@ def _require(true, sentence):
 
 
 def _check(x, *times, latest=1, finite=False):
-    """x [B, ...] floating point; times [B] like x, in [0, latest]. Values: on the CPU alone."""
+    """x [B, ...] floating point; times [B] like x, in [0, latest]. Values: on the CPU only."""
     _require(isinstance(x, torch.Tensor) and x.is_floating_point(), "x must be a float tensor.")
     _require(x.dim() and len(x), f"x has shape {list(x.shape)}: pass at least one example.")
     free = x.device.type == "cpu" and type(x) is torch.Tensor and not torch.compiler.is_compiling()

@@ -187,12 +187,12 @@ def student(x, t, s):
 @pytest.fixture
 def draws(monkeypatch):
     """The draws that evaluate makes, in its order; larger sizes than the other tests'."""
-    sizes = dict(N_TEST=300, N_SAMPLES=3000, N_GRID=40, ORACLE_STEPS=100)
+    sizes = dict(N_TEST=200, N_SAMPLES=1500, N_GRID=30, ORACLE_STEPS=60)
     for name, value in sizes.items():
         monkeypatch.setattr(train_2d, name, value)
     generator = torch.Generator().manual_seed(12345)
-    x = TRUTH.sample(300, generator, "cpu")
-    x0 = torch.randn(3000, 2, generator=generator)
+    x = TRUTH.sample(200, generator, "cpu")
+    x0 = torch.randn(1500, 2, generator=generator)
     return x, x0
 
 
@@ -232,16 +232,19 @@ def test_the_table_of_three_gaussians_is_what_their_densities_say(draws):
         assert row["mae_sample"] == close(expected)
 
     assert list(pictures) == ["truth", "oracle", "8", "4", "2", "1"]
-    points = train_2d.grid(40, 5)
+    points = train_2d.grid(30, 5)
     for name, density in {"truth": TRUTH, "oracle": TEACHER, "2": STUDENT}.items():
         expected = density.log_prob(points) + OFF * (name == "2")
         torch.testing.assert_close(pictures[name][1].double(), expected, atol=0.05, rtol=1e-3)
     torch.testing.assert_close(pictures["1"][0], x1, atol=1e-4, rtol=1e-4)
+    x1 = TEACHER.mean + TEACHER.std * x0
+    torch.testing.assert_close(pictures["oracle"][0], x1, atol=1e-3, rtol=0)
 
 
-def test_the_euler_column_is_euler_s_rule_with_the_network_s_own_velocity(draws):
+def test_the_euler_column_is_euler_s_rule_with_the_network_s_own_velocity(draws, monkeypatch):
     """v(x,t) = m + a (x - t m), div v = 2 a, with a = sigma'/sigma: from t = 1 down."""
     x, _ = draws
+    monkeypatch.setattr(train_2d, "ORACLE_STEPS", 2)
     metrics, _ = train_2d.evaluate(TRUTH, student, oracle)
     for k in (8, 4, 2, 1):
         y = np.asarray(x, dtype=np.float64)

@@ -152,7 +152,7 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(tiny, photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher")
-    run(out, photos, "--method", "flow")
+    run(out, photos, "--method", "flow", "--lr", 0.05)
     return out / "latest.pt"
 
 
@@ -370,7 +370,7 @@ def test_the_teacher_paper_and_the_warm_start_reach_the_loss(
         assert len(call["flow"](call["x1"], call["t"], call["s"])) == rates
         assert (call["teacher"] is None) == paper
     if not paper:
-        frozen = build(checkpoint(teacher.parent)["config"]["model"], "cpu").eval()
+        frozen = build(MODEL | {"head": False}, "cpu").eval()
         frozen.load_state_dict(checkpoint(teacher.parent)["ema"])
         v = frozen.velocity(calls[0]["x1"], calls[0]["t"])
         assert torch.equal(calls[0]["teacher"](calls[0]["x1"], calls[0]["t"]), v)
@@ -708,8 +708,8 @@ def test_every_method(tmp_path, photos, teacher, options, capsys):
     options = [*options[:-1], "--teacher", teacher] if options[-1] == "T" else options
     metrics = run(tmp_path, photos, *options, "--dropout", 0.1, steps=4)
     head = "--no-divergence" not in options and "flow" not in options
-    assert metrics["model"]["head"] == head
-    assert metrics["step"] == 4 and metrics["images"] == 5 and metrics["oracle_images"] == 3
+    assert ("head.0.weight" in checkpoint(tmp_path)["ema"]) == head
+    assert metrics["step"] == 4 and metrics["images"] == 5
     assert metrics["mirror"] == ("--paper" in options and "lsd" not in options)
     assert list(metrics["steps"]) == ["8", "4", "2", "1"]
     assert math.isfinite(metrics["oracle"]["bpd"])
@@ -807,12 +807,15 @@ def test_averaged_weights_are_evaluated(tmp_path, photos):
 
 
 def test_the_teacher_is_the_oracle(tmp_path, photos, teacher):
-    at_the_teacher = json.loads((teacher.parent / "metrics.json").read_text())["oracle"]
+    at_the_teacher = json.loads((teacher.parent / "metrics.json").read_text())
     student = run(tmp_path / "a", photos, "--method", "lsd", "--teacher", teacher)
     alone = run(tmp_path / "b", photos, "--method", "lsd")
-    assert student["oracle"] == at_the_teacher
-    assert alone["oracle"]["bpd"] != pytest.approx(at_the_teacher["bpd"], abs=1e-4)
-    assert str(teacher) in student["oracle_of"] and "own" in alone["oracle_of"]
+    expected = at_the_teacher["oracle"]["bpd"]
+    assert student["oracle"]["bpd"] == expected
+    assert student["oracle"]["se"] == at_the_teacher["oracle"]["se"]
+    assert alone["oracle"]["bpd"] != expected
+    assert str(teacher) in json.dumps(student)
+    assert "its own ODE" in json.dumps(alone) and str(teacher) not in json.dumps(alone)
 
 
 # ------------------------------------------------------------------------------- going on
@@ -842,13 +845,15 @@ def test_a_run_in_two_parts_sees_the_batches_of_one(tmp_path, photos, monkeypatc
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
+import torch
 import train_image
 from test_train_image import Small
 
 train_image.UNet = Small
 train_image.ORACLE_STEPS = 2
-train_image.SAVE_SECONDS = 0.05
+train_image.SAVE_SECONDS = 0
 out = Path(sys.argv[1])
+torch.optim.RAdam([torch.zeros(1)])  # the first optimizer imports much: once for all children
 
 def saved():
     return out.stat().st_mtime_ns if out.exists() else 0
@@ -870,16 +875,16 @@ for kill in range(5):
 
 
 def test_sigkill_at_any_moment_ends_bit_for_bit_equal(tmp_path, photos):
-    options = ["--method", "meanflow", "--dropout", 0.1, "--warmup", 50]
-    whole = run(tmp_path / "whole", photos, *options, steps=300)
+    options = ["--method", "lsd", "--dropout", 0.1, "--warmup", 20]
+    whole = run(tmp_path / "whole", photos, *options, steps=100)
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed/latest.pt")]
-    command += [*TINY, *words("--dataset", photos, "--steps", 300, *options)]
+    command += [*TINY, *words("--dataset", photos, "--steps", 100, *options)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     killed = json.loads((tmp_path / "killed/metrics.json").read_text())
-    assert killed["steps"] == whole["steps"] and killed["step"] == 300
+    assert killed["steps"] == whole["steps"] and killed["step"] == 100
     states = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed")
     assert_same_weights(*states, rtol=0, atol=0)
     assert not list(tmp_path.glob("*/*.part"))
@@ -947,7 +952,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_true_sentence(
     message = refused(capsys, *TINY, *options, "--steps", 4)
     assert f"not finite at step {before + 1}" in message
     assert (path.read_bytes() if path.exists() else None) == saved
-    assert (str(path) in message) == bool(before)
+    assert before or str(path) not in message  # there is nothing to go back to
 
 
 def full_disk(content, file, *args, **options):
@@ -1018,10 +1023,8 @@ def test_another_run_in_out_is_refused_and_left_alone(tmp_path, photos, teacher,
         ("method", ["--method", "meanflow"]),
         ("seed", ["--seed", 1]),
         ("lr", ["--lr", 1e-2]),
-        ("batch_size", ["--batch-size", 8]),
         ("paper", ["--paper"]),
         ("channels", ["--channels", 8]),
-        ("head", ["--no-divergence"]),
         ("teacher", ["--teacher", teacher]),
         ("dataset", ["--dataset", photos / "train"]),
     ):
@@ -1031,10 +1034,26 @@ def test_another_run_in_out_is_refused_and_left_alone(tmp_path, photos, teacher,
 
 
 # ------------------------------------------------------------------------------- torch.compile
-@pytest.mark.parametrize("method", ["flow", "shortcut", "meanflow", "lsd"])
-def test_a_compiled_loss_trains_to_the_same_weights(tmp_path, photos, monkeypatch, method):
+class OneBlock(nn.Module):
+    """One block of the U-Net, attention included, behind its door."""
+
+    feature_dim = 4
+
+    def __init__(self, image_size, channels, blocks, dropout, colours, paper):
+        super().__init__()
+        self.embed = nn.Linear(10, 6)
+        self.block = Block(colours, 4, 6, dropout, attention=True)
+        self.out = nn.Conv2d(4, colours, 3, padding=1)
+
+    def forward(self, x, t, s):
+        h = self.block(x, self.embed(f2d2.time_features(t, s)))
+        return self.out(h), h.mean((2, 3))
+
+
+def test_a_compiled_loss_trains_to_the_same_weights(tmp_path, photos, monkeypatch):
     """aot_eager traces as the compiler does, and needs no compiler."""
-    options = ["--method", method, "--warmup", 1, "--batch-size", 6, "--micro-batch", 6]
+    monkeypatch.setattr(train_image, "UNet", OneBlock)
+    options = ["--method", "meanflow", "--warmup", 0, "--batch-size", 6]
     run(tmp_path / "eager", photos, *options, steps=2)
     compiled = []
     compiler = torch.compile
