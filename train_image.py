@@ -25,6 +25,7 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 from torch import distributed, nn
+from torchvision.transforms.v2 import functional as transforms
 
 import f2d2
 
@@ -57,6 +58,18 @@ SOURCES = {
 }
 NVLABS = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
 INCEPTION = NVLABS + "inception-2015-12-05.pt"
+CONFIG = (
+    "dataset",
+    "method",
+    "paper",
+    "seed",
+    "batch_size",
+    "lr",
+    "warmup",
+    "image_size",
+    "channels",
+)
+CONFIG += ("blocks", "dropout", "head", "colours", "teacher", "teacher_path", "init")
 STEP_COUNTS = (8, 4, 2, 1)
 ORACLE_STEPS = 64  # of the midpoint rule: 128 NFE
 FID_SAMPLES = 50_000
@@ -196,7 +209,7 @@ def read_image(path, size, crop=None):
         image = Image.alpha_composite(white, image.convert("RGBA"))
     image = image.convert("L" if grey else "RGB")
     if crop:
-        image = torchvision.transforms.v2.functional.center_crop(image, crop)
+        image = transforms.center_crop(image, crop)
     return np.asarray(ImageOps.fit(image, (size, size), Image.BICUBIC))
 
 
@@ -204,7 +217,8 @@ def read_folder(folder, size):
     """{path: image}: every file that is not hidden, once, links followed; says what it left out."""
     walk = os.walk(folder, followlinks=True)
     paths = sorted(Path(base) / name for base, _, names in walk for name in names)
-    paths = {path.resolve(): path for path in paths if not path.name.startswith(".")}.values()
+    shown = [p for p in paths if not any(n[0] == "." for n in p.relative_to(folder).parts)]
+    paths = {path.resolve(): path for path in shown}.values()
     images = {}
     left_out = {}
     for path in paths:
@@ -253,7 +267,7 @@ def named_splits(dataset, root):
             files = [[f"train_data_batch_{i}.npz" for i in range(1, 11)], ["val_data.npz"]]
             rows = [np.concatenate([np.load(root / f)["data"] for f in split]) for split in files]
             splits = [r.reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1) for r in rows]
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever half a download may raise
         raise BadInput(
             f"{dataset} is not in {root} ({error}): {SOURCES[dataset]} has it."
         ) from error
@@ -264,6 +278,9 @@ def load_data(dataset, root, size, colours=None, held_out=True):
     """{"train": (uint8 [N, colours, H, H], names), "test": ...}. One colour if every image is grey
     and no checkpoint wants three; held_out as in folder_splits."""
     named = dataset in SIZES
+    require(
+        size == SIZES.get(dataset, size), f"{dataset} is of side {SIZES.get(dataset)}, not {size}."
+    )
     splits = named_splits(dataset, root) if named else folder_splits(Path(dataset), size, held_out)
     coloured = any(image.ndim == 3 for images in splits.values() for image in images.values())
     require(not coloured or colours != 1, f"{dataset} has colours, and the checkpoint knows grey.")
@@ -316,6 +333,7 @@ def load(path, device):
         state = torch.load(path, map_location=device, weights_only=True)
         state["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         flow = build(state["config"], device).eval().requires_grad_(False)
+        require(set(CONFIG) <= set(state["config"]), "keys are missing in its config")
         for part in ("flow", "ema"):
             flow.load_state_dict(state[part])
             sound = all(
@@ -443,7 +461,10 @@ def restore(args, flow, ema, optimizer):
     flow.load_state_dict(state["flow"])
     ema.module.load_state_dict(state["ema"])
     ema.n_averaged.fill_(state["step"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"{path} has an optimizer of another kind ({error}).") from error
     return state["step"]
 
 
@@ -524,14 +545,20 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross).item()
 
 
+def load_inception(path, device):
+    try:
+        return torch.jit.load(str(path), map_location=device).eval()
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"{path} is no TorchScript network: get {INCEPTION}.") from error
+
+
 def fid(args, flow, config, train):
-    """{steps: FID against the train split}; {} without --fid-network or train split."""
-    if not args.fid_network or not len(train):
+    """{steps: FID against the train split, or all there is}; {} without --fid-network."""
+    if not args.fid_network:
         return {}
-    network = torch.jit.load(str(args.fid_network), map_location=args.device).eval()
 
     def features(images):
-        return network(images.expand(-1, 3, -1, -1), return_features=True)
+        return args.fid_network(images.expand(-1, 3, -1, -1), return_features=True)
 
     def made(k):
         x0 = noise(config, FID_SAMPLES)
@@ -564,7 +591,8 @@ def evaluate(args, flow, state, teacher, data):
         return {"bpd": bpd.mean().item(), "se": (bpd.std() / len(bpd) ** 0.5).item()}
 
     oracle = bits(slow, x[some], "oracle")
-    distances = fid(args, flow, config, data["train"][0])
+    train = data["train"][0]
+    distances = fid(args, flow, config, train if len(train) else images)
     columns = {}
     rows = {}
     for k in STEP_COUNTS:
@@ -673,7 +701,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     training = ["method", "init", "image_size", "channels", "blocks", "dropout", "steps", "warmup"]
     training += ["batch_size", "micro_batch", "lr", "no_divergence", "compile"]
-    typed = [f"--{k.replace('_', '-')}" for k in training if getattr(args, k)]
+    typed = [k for k in training if getattr(args, k) is not None and getattr(args, k) is not False]
+    typed = [f"--{k.replace('_', '-')}" for k in typed]
     if args.eval and typed:
         parser.error(f"--eval does not train: drop {', '.join(typed)}.")
     return parser, args
@@ -686,7 +715,7 @@ def settle(args, config, world):
     args.paper = args.paper or config.get("paper", False)
     recipe = RECIPES[args.method]
     side = SIZES.get(args.dataset)
-    args.dataset = args.dataset if side else str(Path(args.dataset))
+    args.dataset = args.dataset if side else str(Path(args.dataset).resolve())
     defaults = {k: recipe[k] for k in ("steps", "batch_size", "lr", "dropout")}
     defaults |= {"channels": 128, "blocks": 4, "image_size": side or 32}
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
@@ -718,7 +747,9 @@ def run_evaluation(args, flow, state):
     if path and not args.teacher and Path(path).exists():
         same = load(path, "cpu")[1]["sha256"] == config["teacher"]
         args.teacher = path if same else None
-    teacher = args.teacher and load(args.teacher, args.device)[0]
+    teacher, taught = load(args.teacher, args.device) if args.teacher else (None, state)
+    same = all(taught["config"][k] == config[k] for k in ("image_size", "colours"))
+    require(same, f"{args.teacher} is of another image size or number of colours.")
     name = f"samples-{args.seed}" if args.sample else f"eval-{Path(args.dataset).name}"
     name += "-paper" * args.paper + f"-guided-{args.guidance}" * bool(args.guidance)
     args.out = args.out or args.eval.parent / f"{name}-{state['step']}"
@@ -737,10 +768,9 @@ def run_evaluation(args, flow, state):
 
 def configure(args, teacher, source, colours):
     """What a run is; that of a run in --out must be the same."""
-    keys = ("dataset", "method", "paper", "seed", "batch_size", "lr", "warmup", "image_size")
-    config = {k: getattr(args, k) for k in (*keys, "channels", "blocks", "dropout", "head")}
+    config = {k: getattr(args, k) for k in CONFIG if hasattr(args, k)}
     config |= {"colours": colours, "teacher": teacher and teacher["sha256"]}
-    config["teacher_path"] = teacher and str(args.teacher.resolve())
+    config |= {"teacher_path": teacher and str(args.teacher.resolve())}
     config |= {"init": source and source["sha256"]}
     if source:
         keys = ("image_size", "channels", "blocks", "colours", "paper")
@@ -800,6 +830,7 @@ def main(argv=None):
     try:
         flow, state = load(args.eval, args.device) if args.eval else (None, {"config": {}})
         settle(args, state["config"], world)
+        args.fid_network = args.fid_network and load_inception(args.fid_network, args.device)
         if args.eval:
             run_evaluation(args, flow, state)
         else:

@@ -130,7 +130,7 @@ def test_both_passes_of_the_eulerian_drop_the_same_units():
 )
 def test_train_2d_runs_and_measures_the_same_again(tmp_path, monkeypatch, options):
     small = dict(WIDTH=32, DEPTH=2, BATCH=64, N_TEST=64, N_SAMPLES=500, N_GRID=10, ORACLE_STEPS=4)
-    for name, value in dict(small, TEACHER_STEPS=4).items():
+    for name, value in small.items():
         monkeypatch.setattr(train_2d, name, value)
     results = tmp_path / "metrics.json"
     measured = []

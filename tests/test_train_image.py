@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,22 @@ class Small(TinyBackbone):
 
     def forward(self, x, t, s):
         return super().forward(self.dropout(x), t, s)
+
+
+class OneBlock(nn.Module):
+    """One block of the U-Net with attention, behind its door: where tracing it all takes long."""
+
+    feature_dim = 4
+
+    def __init__(self, image_size, channels, blocks, dropout, colours, paper):
+        super().__init__()
+        self.embed = nn.Linear(10, 6)
+        self.block = Block(colours, 4, 6, dropout, attention=True)
+        self.out = nn.Conv2d(4, colours, 3, padding=1)
+
+    def forward(self, x, t, s):
+        h = self.block(x, self.embed(f2d2.time_features(t, s)))
+        return self.out(h), h.mean((2, 3))
 
 
 @contextlib.contextmanager
@@ -296,7 +313,7 @@ class Flops(TorchDispatchMode):
 @functools.cache
 def flops_of_a_step(method):
     with torch.device("meta"):
-        backbone = UNet()
+        backbone = UNet(blocks=1)  # four give the same ratios, and take longer
         flow = JointFlowMap(backbone, backbone.feature_dim, method != "flow")
         x1 = torch.empty(4, 3, 32, 32)
     recipe = RECIPES[method]
@@ -312,10 +329,15 @@ def test_flops_of_a_step_over_a_flow_step(method, most):
     assert most - 0.3 < ratio < most + 0.005
 
 
-@pytest.mark.parametrize("condition", [None, *CONDITIONS])
-def test_a_step_makes_no_tensor_on_the_host(condition):
+@pytest.mark.parametrize(
+    "network, condition",
+    [(UNet, None), (UNet, "eulerian"), (OneBlock, "semigroup"), (OneBlock, "lagrangian")],
+)
+def test_a_step_makes_no_tensor_on_the_host(network, condition):
+    """The U-Net takes its time: half of the conditions see one of its blocks."""
     with torch.device("meta"):
-        flow = unet(torch.float32, 16, dropout=0.1)
+        backbone = network(16, 4, 1, 0.1, 3, False)
+        flow = JointFlowMap(backbone, backbone.feature_dim)
         x1 = torch.empty(4, 3, 16, 16)
     names = set()
     with HostTensors(names), HostCopies(names):
@@ -738,6 +760,30 @@ def test_the_unet_is_what_is_trained(tmp_path, photos, method):
     assert {k[9:] for k in state["flow"] if k.startswith("backbone.")} == set(fresh)
 
 
+@pytest.mark.parametrize("seconds, saves", [(0, 3), (3600, 1)])
+def test_saves_go_by_the_clock(tmp_path, photos, monkeypatch, seconds, saves):
+    steps = []
+    whole = torch.save
+
+    def recorded(state, *args, **options):
+        steps.append(state["step"])
+        return whole(state, *args, **options)
+
+    monkeypatch.setattr(train_image, "SAVE_SECONDS", seconds)
+    monkeypatch.setattr(torch, "save", recorded)
+    run(tmp_path, photos, "--method", "flow", steps=3)
+    assert steps == [1, 2, 3][-saves:]
+
+
+def test_out_is_below_runs_by_default(tmp_path, photos, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = words("--dataset", photos, "--method", "flow", "--steps", 1, "--seed", 7)
+    main([*TINY, *options])
+    (metrics,) = tmp_path.glob("runs/image/*/metrics.json")
+    for word in (photos.name, "flow", "7"):
+        assert word in metrics.parent.name
+
+
 def test_dropout_reaches_the_network(tmp_path, photos):
     for share in ("0", "0.5"):
         run(tmp_path / share, photos, "--method", "flow", "--dropout", share, steps=1)
@@ -910,6 +956,50 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, photos):
     assert two["steps"]["1"]["bpd"] == pytest.approx(one["steps"]["1"]["bpd"], abs=1e-4)
 
 
+TERMINATED = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+import train_image
+from test_train_image import Small
+
+train_image.UNet = Small
+train_image.SAVE_SECONDS = 0
+out = Path(sys.argv[1])
+torch.optim.RAdam([torch.zeros(1)])
+children = []
+for rank in ("0", "1"):
+    children.append(os.fork())
+    if children[-1] == 0:
+        os.environ.update(RANK=rank, LOCAL_RANK=rank)
+        train_image.main([*sys.argv[2:], "--out", str(out.parent)])
+        os._exit(0)
+while not out.exists():
+    time.sleep(0.001)
+os.kill(children[1], signal.SIGTERM)
+assert os.waitpid(children[1], 0)[1] == signal.SIGTERM
+time.sleep(0.1)
+os.kill(children[0], signal.SIGTERM)  # as torchrun does when it misses one
+"""
+
+
+def test_sigterm_of_one_of_two_processes_leaves_the_last_save(tmp_path, photos):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--method", "lsd", "--warmup", 1]
+    command = [sys.executable, "-c", TERMINATED, str(tmp_path / "out/latest.pt")]
+    command += [*TINY, *words("--dataset", photos, "--steps", 100_000, *options)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    step = checkpoint(tmp_path / "out")["step"]
+    assert f"{step}/100000" in done.stdout and "saved" not in done.stdout.lower()
+    assert run(tmp_path / "out", photos, *options, steps=step + 1)["step"] == step + 1
+
+
 def test_a_world_without_torchrun_is_one_sentence(tmp_path, photos, monkeypatch, capsys):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
@@ -1034,22 +1124,6 @@ def test_another_run_in_out_is_refused_and_left_alone(tmp_path, photos, teacher,
 
 
 # ------------------------------------------------------------------------------- torch.compile
-class OneBlock(nn.Module):
-    """One block of the U-Net, attention included, behind its door."""
-
-    feature_dim = 4
-
-    def __init__(self, image_size, channels, blocks, dropout, colours, paper):
-        super().__init__()
-        self.embed = nn.Linear(10, 6)
-        self.block = Block(colours, 4, 6, dropout, attention=True)
-        self.out = nn.Conv2d(4, colours, 3, padding=1)
-
-    def forward(self, x, t, s):
-        h = self.block(x, self.embed(f2d2.time_features(t, s)))
-        return self.out(h), h.mean((2, 3))
-
-
 def test_a_compiled_loss_trains_to_the_same_weights(tmp_path, photos, monkeypatch):
     """aot_eager traces as the compiler does, and needs no compiler."""
     monkeypatch.setattr(train_image, "UNet", OneBlock)
