@@ -182,7 +182,8 @@ def test_an_image_batch_is_a_function_of_seed_and_step_on_the_device():
     data = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
 
     def draw(seed, step):
-        args = argparse.Namespace(method="lsd", seed=seed, batch_size=8, device=DEVICE, paper=False)
+        config = dict(seed=seed, batch_size=8, device=DEVICE, paper=False)
+        args = argparse.Namespace(**train_image.RECIPES["lsd"] | config)
         return train_image.draw(data, args, step, 0, 1)
 
     first = draw(0, 1)

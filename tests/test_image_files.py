@@ -540,8 +540,8 @@ def test_the_training_folder_by_another_name_is_no_other_folder(tmp_path, monkey
         assert metrics["images"] == 2 and metrics["steps"] == trained["steps"], name
 
 
-def test_an_image_s_figure_does_not_hang_on_its_company(student, tmp_path):
-    """The noise of the bytes is each image's own, so folders can be compared."""
+def test_an_image_s_figure_does_not_hang_on_those_after_it(student, tmp_path):
+    """The noise of its bytes is its own, so two folders that begin alike can be compared."""
     flat(tmp_path / "a", [10, 20, 30])
     flat(tmp_path / "b", [10, 20])
     found = []
@@ -625,7 +625,7 @@ def test_one_image_is_valid_json(student, tmp_path):
 def test_a_map_without_a_head_has_samples_and_its_oracle(tmp_path, photos, capsys):
     run(tmp_path / "run", photos, "--method", "meanflow", "--no-divergence", steps=1)
     header, rows = read_csv(tmp_path / "run/log_p.csv")
-    assert len(header) == 2 and sum(len(row) == 2 for row in rows) == 3
+    assert len(header) == 2 and sum(row[1] != "" for row in rows) == 3
     path = tmp_path / "run/latest.pt"
     for options in (["--sample", 2], ["--guidance", 0.1, "--dataset", photos]):
         command = [*QUICK, "--eval", path, *options, "--out", tmp_path / "out"]

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -506,8 +507,8 @@ def batch_of(method, batch_size=1000, data=None, step=1, rank=0, world=1, seed=0
     if data is None:
         generator = torch.Generator().manual_seed(0)
         data = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=generator)
-    args = argparse.Namespace(method=method, seed=seed, batch_size=batch_size, device="cpu")
-    args.paper = paper
+    config = dict(seed=seed, batch_size=batch_size, device="cpu", paper=paper)
+    args = argparse.Namespace(**RECIPES[method] | config)
     return draw(data, args, step, rank, world)
 
 
@@ -611,22 +612,22 @@ def gradients_of(flow, accumulated):
 def test_pieces_give_the_gradients_of_the_whole(condition, with_teacher, paper):
     flow = fix_weights(build(MODEL | {"paper": paper}, "cpu"))
     velocity = ExactGaussian().velocity if with_teacher else None
-    x1, x0, eps = noise(3, 11, 3, 8, 8)
-    batch = (x1 / 2, x0, *times(11), eps)
+    x1, x0, eps = noise(3, 17, 3, 8, 8)
+    batch = (x1 / 2, x0, *times(17), eps)
 
     def objective(x1, x0, t, s, eps, diagonal):
         draws = dict(x0=x0, t=t, s=s, probe=eps, diagonal=diagonal)
         return f2d2_loss(flow, x1, condition, velocity, paper=paper, **draws)
 
-    for n in (11,) if condition is None else (3, 6):
+    for n in (17,) if condition is None else (5, 12):
 
         def whole(n=n):
-            losses = objective(*batch, diagonal=n / 11)
+            losses = objective(*batch, diagonal=n / 17)
             sum(losses.values()).backward()
             return losses
 
         expected, gradients = gradients_of(flow, whole)
-        for count in (1, 2, 3, 11 if condition is None else 3):
+        for count in (3, 4):
             cut = functools.partial(accumulate, objective, batch, n, count)
             found, others = gradients_of(flow, cut)
             for name in TERMS:
@@ -750,7 +751,7 @@ def test_every_method(tmp_path, photos, teacher, options, capsys):
 
 
 @pytest.mark.usefixtures("real_network")
-@pytest.mark.parametrize("method", ["flow", "shortcut", "meanflow", "lsd"])
+@pytest.mark.parametrize("method", ["meanflow", "lsd"])
 def test_the_unet_is_what_is_trained(tmp_path, photos, method):
     metrics = run(tmp_path, photos, "--method", method, "--dropout", 0.1, "--warmup", 1, steps=2)
     state = checkpoint(tmp_path)
@@ -901,19 +902,26 @@ train_image.SAVE_SECONDS = 0
 out = Path(sys.argv[1])
 torch.optim.RAdam([torch.zeros(1)])  # the first optimizer imports much: once for all children
 
-def saved():
-    return out.stat().st_mtime_ns if out.exists() else 0
+def files():
+    if out.exists():
+        return out.parent.stat().st_mtime_ns, out.stat().st_mtime_ns, out.stat().st_size
+
+def wait_for_a_write():
+    before = files()
+    limit = time.time() + 60
+    while files() == before and time.time() < limit:
+        pass
 
 for kill in range(5):
     child = os.fork()  # before torch has started a thread
     if child == 0:
         train_image.main([*sys.argv[2:], "--out", str(out.parent)])
         os._exit(0)
-    before = saved()
-    while kill < 4 and saved() == before:
-        time.sleep(0.001)
-    time.sleep(random.uniform(0, 0.1))
     if kill < 4:
+        wait_for_a_write()
+        time.sleep(random.uniform(0, 0.1))
+        if kill % 2:
+            wait_for_a_write()  # and kill in the middle of it
         os.kill(child, signal.SIGKILL)
     ended = os.waitpid(child, 0)[1]
     assert ended == (signal.SIGKILL if kill < 4 else 0), "the run was over before it was killed"
@@ -922,36 +930,39 @@ for kill in range(5):
 
 def test_sigkill_at_any_moment_ends_bit_for_bit_equal(tmp_path, photos):
     options = ["--method", "lsd", "--dropout", 0.1, "--warmup", 20]
-    whole = run(tmp_path / "whole", photos, *options, steps=100)
+    whole = run(tmp_path / "whole", photos, *options, steps=60)
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed/latest.pt")]
-    command += [*TINY, *words("--dataset", photos, "--steps", 100, *options)]
+    command += [*TINY, *words("--dataset", photos, "--steps", 60, *options)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     killed = json.loads((tmp_path / "killed/metrics.json").read_text())
-    assert killed["steps"] == whole["steps"] and killed["step"] == 100
+    assert killed["steps"] == whole["steps"] and killed["step"] == 60
     states = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed")
     assert_same_weights(*states, rtol=0, atol=0)
     assert not list(tmp_path.glob("*/*.part"))
 
 
 # ------------------------------------------------------------------------------- two processes
-def test_two_processes_end_with_the_weights_of_one(tmp_path, photos):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_image, "UNet", UNet)
-        options = ["--method", "lsd", "--warmup", 1, "--batch-size", 8]
-        one = run(tmp_path / "one", photos, *options)
+def gradient_norms(output):
+    return [float(norm) for norm in re.findall(r"grad (\S+)", output)]
+
+
+@pytest.mark.usefixtures("real_network")
+def test_two_processes_end_with_the_weights_of_one(tmp_path, photos, capsys):
+    options = ["--method", "lsd", "--warmup", 1, "--batch-size", 8]
+    one = run(tmp_path / "one", photos, *options)
+    norms = gradient_norms(capsys.readouterr().out)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", train_image.__file__, *TINY]
     command += words("--dataset", photos, "--steps", 3, "--out", tmp_path / "two", *options)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("images/s") == 3
-    assert_same_weights(
-        checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two"), rtol=1e-5, atol=1e-5
-    )
+    assert len(norms) == 3 and gradient_norms(done.stdout) == pytest.approx(norms, rel=1e-3)
+    states = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    assert_same_weights(*states, rtol=1e-5, atol=1e-5)
     two = json.loads((tmp_path / "two/metrics.json").read_text())
     assert two["steps"]["1"]["bpd"] == pytest.approx(one["steps"]["1"]["bpd"], abs=1e-4)
 
@@ -1128,7 +1139,7 @@ def test_a_compiled_loss_trains_to_the_same_weights(tmp_path, photos, monkeypatc
     """aot_eager traces as the compiler does, and needs no compiler."""
     monkeypatch.setattr(train_image, "UNet", OneBlock)
     options = ["--method", "meanflow", "--warmup", 0, "--batch-size", 6]
-    run(tmp_path / "eager", photos, *options, steps=2)
+    run(tmp_path / "eager", photos, *options, steps=1)
     compiled = []
     compiler = torch.compile
 
@@ -1138,7 +1149,7 @@ def test_a_compiled_loss_trains_to_the_same_weights(tmp_path, photos, monkeypatc
         return compiler(function, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch, "compile", traced)
-    run(tmp_path / "compiled", photos, *options, "--compile", steps=2)
+    run(tmp_path / "compiled", photos, *options, "--compile", steps=1)
     assert len(compiled) == 1
     eager, traced_too = (
         checkpoint(tmp_path / "eager"),
