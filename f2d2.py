@@ -81,6 +81,7 @@ class JointFlowMap(nn.Module):
 
 
 # --------------------------------------------------------------------------- the divergence
+@torch.inference_mode(False)  # in it older versions of PyTorch differentiate to nothing
 def divergence(velocity, x, t, probe="rademacher", generator=None):
     """v(x,t) [B, ...] and div v = tr dv/dx = E eps^T (dv/dx) eps [B], for any velocity(x, t).
 
@@ -89,7 +90,7 @@ def divergence(velocity, x, t, probe="rademacher", generator=None):
     variance); or eps, shaped as x. Raises ValueError for another probe, and under autocast."""
     _check(x, t)
     _check_probe(probe, x)
-    v, pull_back = vjp(lambda x: velocity(x, t), x)  # pull_back(eps) = eps^T dv/dx
+    v, pull_back = vjp(lambda x: velocity(x, t.clone()), x.clone())  # pull_back(eps) = eps^T dv/dx
     _check_shape(v, x.shape, "the velocity")
 
     if isinstance(probe, str) and probe == "exact":
@@ -483,8 +484,7 @@ def _check_probe(probe, x):
     _check_shape(probe if given else x, x.shape, "the probe")
     known = given or probe in ("exact", "rademacher", "dct")
     _require(known, f'unknown probe {probe}: "exact", "rademacher", "dct" or a tensor like x.')
-    kind = x.device.type
-    autocast = kind in ("cpu", "cuda", "mps") and torch.is_autocast_enabled(kind)
+    autocast = x.device.type in ("cpu", "cuda", "mps") and torch.is_autocast_enabled(x.device.type)
     _require(not autocast, "derivatives need float32: call this outside of torch.autocast.")
 
 
