@@ -81,7 +81,6 @@ class JointFlowMap(nn.Module):
 
 
 # --------------------------------------------------------------------------- the divergence
-@torch.inference_mode(False)  # in it older versions of PyTorch differentiate to nothing
 def divergence(velocity, x, t, probe="rademacher", generator=None):
     """v(x,t) [B, ...] and div v = tr dv/dx = E eps^T (dv/dx) eps [B], for any velocity(x, t).
 
@@ -112,6 +111,7 @@ def hutchinson_probe(x, probe="rademacher", generator=None):
     return eps
 
 
+@torch.inference_mode(False)  # in it older versions of PyTorch differentiate to nothing
 @torch.no_grad()  # cuts the graph outside; torch.func differentiates inside all the same
 def coupled_field(velocity, x, t, probe="rademacher", generator=None):
     """g(x,t) = (v, -div v), stop-gradient: dx/dt and dz/dt. (v,) if probe is None."""
