@@ -738,8 +738,10 @@ def main(argv=None):
             run(args)
     except BlockingIOError:
         PARSER.error(f"another process works in {args.out}: use another --out.")
-    except (BadInput, OSError) as error:
+    except BadInput as error:
         PARSER.error(str(error).splitlines()[0])
+    except OSError as error:
+        PARSER.error(f"{error}: make room, or name another --out.")
 
 
 if __name__ == "__main__":
