@@ -21,7 +21,7 @@ Conventions: a silent clash of these is the most repeated bug of this family.
 
 Arguments come in the order (x, t, s). A `flow` is any callable (x, t, s) -> (u, D) or (u,); for
 labels y sample with lambda x, t, s: flow(x, t, s, y). [ours] marks what is not in the paper, and
-paper=True, of JointFlowMap and of f2d2_loss, undoes it; euler=True does in ode_*.
+paper=True, of JointFlowMap and of f2d2_loss, undoes it, but for `probe`, `robust` and `euler`.
 """
 
 import math
