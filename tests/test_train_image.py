@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 import torch
 from exact import ExactGaussian, TinyBackbone, fix_weights, times, wide
+from measure.costs import Flops
 from PIL import Image
 from test_method import HostCopies, HostTensors
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import f2d2
 import train_image
@@ -298,19 +297,6 @@ def test_dropout_is_in_every_block_and_active_only_in_training():
 
 
 # ------------------------------------------------------------------------------- the cost of a step
-class Flops(TorchDispatchMode):
-    """Counts below torch.func, where FlopCounterMode's hooks on modules fail."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func.overloadpacket)
-        if count:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 @functools.cache
 def flops_of_a_step(method):
     with torch.device("meta"):
