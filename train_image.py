@@ -43,6 +43,7 @@ TABLE = {                # the method's own code, but for what is marked [ours]
     "warm_share":  (0.0,      10 / 11,     10 / 11,     0.5,        0.5),  # [ours] meanflow, lsd
     "dropout":     (0.13,     0.13,        0.13,        0.2,        0.0),
     "flip":        (0.0,      0.0,         0.0,         0.5,        0.5),  # [ours] lsd
+    "head":        (False,    True,        True,        True,       True),
     "diagonal":    (1.0,      0.5,         0.5,         0.25,       0.5),
     "clip":        (0.01,     0.01,        0.01,        math.inf,   1.0),
     "half_life":   (50e6,     50e6,        50e6,        7.1e6,      1.8e6),  # images in the average
@@ -59,12 +60,8 @@ FID_SAMPLES = 50_000
 CHUNK = 250  # images at a time in an evaluation
 SAVE_SECONDS = 15 * 60
 
-# What makes a network, what makes a run (the config of a checkpoint).
-NETWORK = "image_size colours channels blocks paper dropout".split()
-CONFIG = NETWORK + "method head dataset seed batch_size lr warmup teacher".split()
-CONFIG += ["teacher_sha256", "source_sha256"]
 
-
+# --------------------------------------------------------------------------- the options
 class BadInput(Exception):
     """One sentence for the user, what is wrong and what to type instead: exit code 2."""
 
@@ -72,6 +69,60 @@ class BadInput(Exception):
 def require(right, sentence):
     if not right:
         raise BadInput(sentence)
+
+
+def between(low, high=math.inf):
+    """An argparse type: a number in [low, high], whole if low is."""
+
+    def number(text):
+        value = type(low)(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    return number
+
+
+DEVICES = [d for d in ("cuda", "mps", "cpu") if torch.get_device_module(d).is_available()]
+
+# Options of an evaluation too. What has no default here is the checkpoint's or the method's.
+EVALUATION = argparse.ArgumentParser("train_image.py", usage=argparse.SUPPRESS, add_help=False)
+option = EVALUATION.add_argument
+option("--dataset", help="cifar10 (the default), imagenet64, celeba64 or a folder of images")
+option("--data", type=Path, default="data", help="where named data sets are or go; default data/")
+option("--teacher", metavar="CKPT", help="gives v and div v, and the oracle")
+option("--paper", action="store_true", help="the paper's objective and mirrored likelihood")
+option("--seed", type=between(0, 2**64 - 1), default=0, help="of everything random; default 0")
+option("--out", type=Path, help="default below runs/image/; a run that is there goes on")
+option("--device", choices=DEVICES, default=DEVICES[0], help=f"default here {DEVICES[0]}")
+option("--eval", type=Path, metavar="CKPT", help="no training: log p of --dataset's test images")
+option("--sample", type=between(1), metavar="N", help="with --eval: N images and their log p")
+option("--oracle-images", type=between(1), default=64, help="with an oracle; default 64")
+option("--guidance", type=between(1e-9, 10.0), help="learning rate of the samples' self-guidance")
+option("--fid-network", type=Path, help="TorchScript, StyleGAN2-ADA's inception-2015-12-05.pt")
+
+PARSER = argparse.ArgumentParser(EVALUATION.prog, parents=[EVALUATION], usage=argparse.SUPPRESS)
+PARSER.formatter_class = argparse.RawDescriptionHelpFormatter
+PARSER.description = __doc__
+option = PARSER.add_argument
+option("--method", choices=RECIPES, default="meanflow", help="default meanflow; flow: a teacher")
+option("--no-divergence", dest="head", action="store_false", help="sampling only, without a head")
+option("--init", type=Path, metavar="CKPT", help="weights to start from; default the teacher's")
+option("--image-size", type=between(4), help="pixels a side, for a folder; default 32")
+option("--channels", type=between(4), default=128, help="of the U-Net; default 128")
+option("--blocks", type=between(1), default=4, help="residual blocks a level; default 4")
+option("--dropout", type=between(0.0, 0.9), help="probability; default the method's")
+option("--steps", type=between(1), help="of training; default the method's")
+option("--warmup", type=between(0), help="first steps, that train u alone; default the method's")
+option("--batch-size", type=between(1), help="images a step, in all; default the method's")
+option("--micro-batch", type=between(1), help="images at a time in a process; default 128")
+option("--lr", type=between(1e-9, 1.0), help="learning rate; default the method's")
+option("--compile", action="store_true", help="torch.compile the loss")
+
+SHAPE = ("image_size", "colours", "channels", "blocks")  # a student's is its teacher's
+NETWORK = (*SHAPE, "paper", "dropout")
+CONFIG = (*NETWORK, "method", "head", "dataset", "seed", "batch_size", "lr", "warmup")
+CONFIG += ("teacher", "teacher_sha256", "source_sha256")  # all that a checkpoint says of its run
 
 
 # --------------------------------------------------------------------------- the network
@@ -214,34 +265,32 @@ def read_folder(folder, size):
 
 
 def folder_splits(root, size, held_out):
-    """{"train": {path: image}, "test": ...}: the user's train/ with test/, val/ or valid/, in any
-    case, or a seeded tenth as the test split. If not held_out, test/ or else everything is test."""
+    """train and test {path: image}: the user's train/ with test/, val/ or valid/, in any case, or
+    a seeded tenth as the test split. If not held_out, test/ or else everything is test."""
     folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
-    test = folders.get("test", folders.get("val", folders.get("valid")))
+    test = folders.get("test") or folders.get("val") or folders.get("valid")
     if not held_out:
-        return {"train": {}, "test": read_folder(test or root, size)}
+        return {}, read_folder(test or root, size)
     both = ("train" in folders) == bool(test)
     require(both, f"{root} has only one of train/ and test/ (or val/): make both, or neither.")
     if test:
-        return {"train": read_folder(folders["train"], size), "test": read_folder(test, size)}
+        return read_folder(folders["train"], size), read_folder(test, size)
     print(f"a seeded tenth of {root} is held out as test images")
     images = read_folder(root, size)
     order = np.random.default_rng(0).permutation(list(images)).tolist()
-    test = order[: max(1, len(order) // 10)]
-    train = sorted(order[len(test) :])
-    return {"train": {k: images[k] for k in train}, "test": {k: images[k] for k in sorted(test)}}
+    test = {path: images.pop(path) for path in sorted(order[: max(1, len(order) // 10)])}
+    return dict(sorted(images.items())), test
 
 
 def named_splits(dataset, root):
-    """{"train": {index: image [H, H, 3]}, "test": ...} of a published data set."""
+    """train and test {index: image [H, H, 3]} of a published data set."""
     try:
         if dataset == "cifar10":
             cifar10 = torchvision.datasets.CIFAR10
             splits = [cifar10(root, train, download=True).data for train in (True, False)]
         elif dataset == "celeba64":
-            rows = (root / "celeba/list_eval_partition.txt").read_text().split()
             splits = [[], [], []]  # train, validation, test
-            for name, part in zip(rows[::2], rows[1::2]):
+            for name, part in np.loadtxt(root / "celeba/list_eval_partition.txt", str):
                 image = read_image(root / "celeba/img_align_celeba" / name, 64, crop=140)
                 splits[int(part)].append(image)
         else:  # one row an image, planes R, G, B; numpy refuses pickles
@@ -250,19 +299,21 @@ def named_splits(dataset, root):
             splits = [r.reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1) for r in rows]
     except Exception as error:  # whatever half a download may raise
         raise BadInput(f"{dataset} is not in {root} ({error}): see {SOURCES}.") from error
-    return {"train": dict(enumerate(splits[0])), "test": dict(enumerate(splits[-1]))}
+    return dict(enumerate(splits[0])), dict(enumerate(splits[-1]))
 
 
 def load_data(dataset, root, size, colours=None, held_out=True):
     """{"train": (uint8 [N, colours, H, H], names), "test": ...}. One colour if every image is grey
     and no checkpoint wants three; held_out as in folder_splits."""
-    named = dataset in SIZES
-    splits = named_splits(dataset, root) if named else folder_splits(Path(dataset), size, held_out)
-    coloured = any(image.ndim == 3 for images in splits.values() for image in images.values())
+    if dataset in SIZES:
+        splits = named_splits(dataset, root)
+    else:
+        splits = folder_splits(Path(dataset), size, held_out)
+    coloured = any(image.ndim == 3 for images in splits for image in images.values())
     require(not coloured or colours != 1, f"{dataset} has colours, and the checkpoint knows grey.")
     colours = colours or (3 if coloured else 1)
     data = {}
-    for split, images in splits.items():
+    for split, images in zip(("train", "test"), splits):
         needed = held_out or split == "test"
         require(images or not needed, f"{dataset} holds no {split} images that can be read.")
         array = np.zeros((len(images), size, size, colours), np.uint8)
@@ -296,13 +347,13 @@ def save(path, content):
         part.unlink(missing_ok=True)
 
 
-def load(path, device):
-    """A checkpoint and its averaged "network", frozen; never executes anything."""
+def load(path):
+    """A checkpoint and its averaged "network", frozen, on the CPU; never executes anything."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         state["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         require(set(CONFIG) <= set(state["config"]), "its config is not whole")
-        state["network"] = build(state["config"], device).eval().requires_grad_(False)
+        state["network"] = build(state["config"], "cpu").eval().requires_grad_(False)
         for part in ("flow", "ema"):
             state["network"].load_state_dict(state[part])
             sound = [w.dtype == torch.float32 and w.isfinite().all() for w in state[part].values()]
@@ -377,7 +428,7 @@ def prepare(args, source):
     """Network, average, optimizer and step: as the run in --out left them, or at the start, with
     the weights of `source` if any."""
     path = args.out / "latest.pt"
-    state = load(path, args.device) if path.exists() else None
+    state = load(path) if path.exists() else None
     if args.warmup is None:
         share = 0 if args.init else args.warm_share
         args.warmup = state["config"]["warmup"] if state else int(share * args.steps)
@@ -402,7 +453,7 @@ def train(args, teacher, source, images):
     size = sum(p.numel() for p in flow.parameters())
     print(f"{size:,} parameters; {vars(args)}", flush=True)
     images = images.to(args.device) if images.numel() < 2**32 else images
-    velocity = teacher and teacher["network"].velocity
+    velocity = teacher and teacher["network"].to(args.device).velocity
     loss = torch.compile(f2d2.f2d2_loss) if args.compile else f2d2.f2d2_loss
 
     def velocity_alone(x, t, s):
@@ -514,7 +565,7 @@ def fid(args, flow, images):
 def evaluate(args, state, teacher, data, about):
     """bits/dim of the test images at 8, 4, 2, 1 steps, errors against the oracle, FID. Writes
     metrics.json, log_p.csv, extremes.png (likeliest first) and samples.png (a row a step count)."""
-    flow = state["network"]
+    flow = state["network"].to(args.device)
     images, names = data["test"]
     torch.manual_seed(0)  # of the probes; the bytes' noise is that of the first N images of any set
     x = f2d2.dequantize(images, generator=torch.Generator().manual_seed(0))
@@ -526,7 +577,7 @@ def evaluate(args, state, teacher, data, about):
     def mean(bpd):
         return {"bpd": bpd.mean().item(), "se": (bpd.std() / len(bpd) ** 0.5).item()}
 
-    field = (teacher or state)["network"].velocity
+    field = (teacher or state)["network"].to(args.device).velocity
     probe = "rademacher" if args.paper else "dct"
     oracle = bits("oracle", x[some], f2d2.ode_log_likelihood, field, ORACLE_STEPS, probe)
     distances = fid(args, flow, data["train"][0])
@@ -564,11 +615,12 @@ def evaluate(args, state, teacher, data, about):
 @torch.no_grad()
 def write_samples(args, state, about):
     """--sample N: N images as PNG, and samples.csv with log p of each in nats."""
+    flow = state["network"].to(args.device)
     k = STEP_COUNTS[0]
     rows = [["image", "log_likelihood", "sample"]]
     for x0 in noise(args, args.sample, args.seed).split(CHUNK):
-        x1, own = few_steps(args, state["network"], x0.to(args.device), k)
-        log_p = f2d2.log_likelihood(state["network"], x1, k, args.mirror)
+        x1, own = few_steps(args, flow, x0.to(args.device), k)
+        log_p = f2d2.log_likelihood(flow, x1, k, args.mirror)
         for image, *values in zip(to_bytes(x1), log_p.tolist(), own.tolist()):
             rows.append([f"{len(rows) - 1:05d}.png", *values])
             save(args.out / rows[-1][0], image[None])
@@ -578,70 +630,30 @@ def write_samples(args, state, about):
 
 
 # --------------------------------------------------------------------------- the command line
-def between(low, high=math.inf):
-    """An argparse type: a number in [low, high], whole if low is."""
+def parse(argv):
+    """All that a run is: as typed, else as in its checkpoint, else the method's, else the default;
+    and the checkpoints, each read once: what it evaluates or starts from, and the teacher."""
+    typed = PARSER.parse_args(argv)
+    training = EVALUATION.parse_known_args(argv)[1]
+    others = typed.dataset or typed.teacher or typed.fid_network
+    require(not (typed.eval and training), f"of no use with --eval: {' '.join(training)}.")
+    require(typed.eval or not typed.sample, "--sample needs a checkpoint: add --eval CKPT.")
+    require(not (typed.sample and others), "--sample has no --dataset, --teacher, --fid-network.")
+    teacher = load(typed.teacher) if typed.teacher else None
+    path = typed.eval or typed.init
+    source = load(path) if path else teacher
+    config = source["config"] if source else {}
+    if not typed.eval:
+        config = {k: config[k] for k in SHAPE if source}
+    elif not teacher and os.path.isfile(config["teacher"] or ""):  # is it there, and the same?
+        teacher = load(config["teacher"])
+        teacher = teacher if teacher["sha256"] == config["teacher_sha256"] else None
 
-    def number(text):
-        value = type(low)(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    return number
-
-
-DEVICES = [d for d in ("cuda", "mps", "cpu") if torch.get_device_module(d).is_available()]
-PARSER = argparse.ArgumentParser("train_image.py", usage=argparse.SUPPRESS, description=__doc__)
-PARSER.formatter_class = argparse.RawDescriptionHelpFormatter
-PARSER.argument_default = argparse.SUPPRESS  # what is not typed comes from elsewhere: see merge
-option = PARSER.add_argument
-option("--dataset", help="cifar10 (the default), imagenet64, celeba64 or a folder of images")
-option("--data", type=Path, help="where named data sets are or go; default data/")
-option("--method", choices=RECIPES, help="default meanflow; flow trains a teacher")
-option("--no-divergence", action="store_true", help="sampling-only baseline, without a head")
-option("--teacher", type=Path, metavar="CKPT", help="gives v and div v, and the oracle")
-option("--init", type=Path, metavar="CKPT", help="weights to start from; default the teacher's")
-option("--paper", action="store_true", help="the paper's objective and mirrored likelihood")
-option("--image-size", type=between(4), help="pixels a side, for a folder; default 32")
-option("--channels", type=between(4), help="of the U-Net; default 128")
-option("--blocks", type=between(1), help="residual blocks a level; default 4")
-option("--dropout", type=between(0.0, 0.9), help="probability; default the method's")
-option("--steps", type=between(1), help="of training; default the method's")
-option("--warmup", type=between(0), help="first steps, that train u alone; default the method's")
-option("--batch-size", type=between(1), help="images a step, in all; default the method's")
-option("--micro-batch", type=between(1), help="images at a time in a process; default 128")
-option("--lr", type=between(1e-9, 1.0), help="learning rate; default the method's")
-option("--seed", type=between(0, 2**64 - 1), help="of everything random; default 0")
-option("--out", type=Path, help="default below runs/image/; a run that is there goes on")
-option("--device", choices=DEVICES, help=f"default here {DEVICES[0]}")
-option("--compile", action="store_true", help="torch.compile the loss")
-option("--eval", type=Path, metavar="CKPT", help="no training: log p of --dataset's test images")
-option("--sample", type=between(1), metavar="N", help="with --eval: N images and their log p")
-option("--oracle-images", type=between(1), help="with an oracle; default 64")
-option("--guidance", type=between(1e-9, 10.0), help="learning rate of the samples' self-guidance")
-option("--fid-network", type=Path, help="TorchScript, StyleGAN2-ADA's inception-2015-12-05.pt")
-TRAINING = "method no_divergence init image_size channels blocks dropout steps warmup".split()
-TRAINING += "batch_size micro_batch lr compile".split()
-DEFAULTS = {"method": "meanflow", "dataset": "cifar10", "data": Path("data"), "seed": 0}
-DEFAULTS |= {"paper": False, "channels": 128, "blocks": 4, "oracle_images": 64, "compile": False}
-DEFAULTS |= dict.fromkeys("teacher init warmup micro_batch out eval sample guidance".split())
-DEFAULTS |= dict.fromkeys("fid_network colours teacher_sha256 source_sha256".split())
-DEFAULTS["device"] = DEVICES[0]
-
-
-def merge(typed):
-    """All that a run is: as typed, else as in its checkpoint, else the method's."""
-    origin = typed.get("eval", typed.get("init", typed.get("teacher")))
-    state = load(origin, "cpu") if origin else {"config": {}}
-    config = state["config"]
-    if origin and "eval" not in typed:  # a student's network is like its teacher's
-        config = {k: config[k] for k in NETWORK[:4]}
-    chosen = DEFAULTS | config | typed
-    other = [k for k in NETWORK[:5] if origin and chosen[k] != state["config"][k]]
-    require("eval" in typed or not other, f"{origin} has other {', '.join(other)}.")
-    head = chosen["method"] != "flow" and "no_divergence" not in typed
-    derived = {"head": head, "image_size": SIZES.get(chosen["dataset"], 32)}
-    args = argparse.Namespace(**(RECIPES[chosen["method"]] | derived | chosen))
+    known = {"dataset": "cifar10", "colours": None} | RECIPES[config.get("method", typed.method)]
+    args = PARSER.parse_args(argv, argparse.Namespace(**known | config))
+    args.teacher_sha256 = teacher and teacher["sha256"]
+    args.source_sha256 = source and source["sha256"]
+    args.image_size = args.image_size or SIZES.get(args.dataset, 32)
     args.mirror = args.paper and args.forward
     args.rank = int(os.environ.get("RANK", 0))
     args.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -649,49 +661,47 @@ def merge(typed):
     if args.dataset not in SIZES:
         args.dataset = str(Path(args.dataset).resolve())
     args.held_out = not args.eval or args.dataset in (*SIZES, config["dataset"])
-    if args.eval and args.teacher and "teacher" not in typed:  # is it there, and the same?
-        there = Path(args.teacher).is_file()
-        if not there or load(args.teacher, "cpu")["sha256"] != args.teacher_sha256:
-            args.teacher = None
-
-    name = Path(args.dataset).name
+    name = "samples" if args.sample else Path(args.dataset).name
     default = Path("runs/image") / f"{name}-{args.method}-{args.seed}"
     if args.eval:
-        default = args.eval.parent / f"eval-{'samples' if args.sample else name}-{state['step']}"
+        default = args.eval.parent / f"eval-{name}-{source['step']}"
     args.out = args.out or default
-    return args
+    return args, source, teacher
 
 
-def check(args):
+def check(args, source, teacher):
     """Refuses what cannot work, before anything is written."""
     folder = args.dataset in SIZES or args.sample or Path(args.dataset).is_dir()
-    side = SIZES.get(args.dataset, args.image_size)
-    fits = side == args.image_size
-    taught = args.teacher or args.eval or args.method != "shortcut-distill"
+    size = args.image_size
+    side = SIZES.get(args.dataset, size)
+    taught = args.teacher or args.method != "shortcut-distill"
     alone = args.eval or not args.teacher or args.method not in ("flow", "shortcut")
     headed = args.head or not (args.sample or args.guidance)
     share, rest = divmod(args.batch_size, args.world)
+    started = args.world == 1 or ("RANK" in os.environ and not args.eval)
     network = not args.fid_network or zipfile.is_zipfile(args.fid_network)
     done = args.eval and (args.out / "metrics.json").exists()
     require(folder, f"{args.dataset} is no folder: name one, or {', '.join(SIZES)}.")
-    require(fits, f"{args.dataset} has --image-size {side}, not {args.image_size}.")
-    require(side % 4 == 0, "--image-size must be a multiple of 4.")
+    require(side == size, f"{args.dataset} has --image-size {side}, not {size}.")
+    require(size % 4 == 0, "--image-size must be a multiple of 4.")
     require(taught, "shortcut-distill needs --teacher CKPT, a latest.pt of --method flow.")
     require(alone, f"--method {args.method} has no teacher: drop it, or use shortcut-distill.")
-    require(args.eval or not args.sample, "--sample needs a checkpoint: add --eval CKPT.")
     require(headed, "--sample and --guidance need a divergence head: drop them.")
+    require(started, "WORLD_SIZE is set: train with torchrun, evaluate without it, or unset it.")
     require(not rest, f"--batch-size {args.batch_size} is no multiple of {args.world} processes.")
     require(args.micro_batch <= share, f"--micro-batch is at most a process's share, {share}.")
-    require(args.world == 1 or "RANK" in os.environ, "WORLD_SIZE is set: use torchrun or unset it.")
     require(network, f"{args.fid_network} is no TorchScript network.")
     require(args.held_out or not args.fid_network, "--fid-network needs the training data set.")
     require(not done, f"{args.out} holds an evaluation already: name another --out.")
+    other = [k for k in SHAPE[:2] if teacher and teacher["config"][k] != vars(args)[k]]
+    require(not other, f"{args.teacher} has other {', '.join(other)}.")
+    start = None if args.eval else source
+    other = [k for k in (*SHAPE, "paper") if start and start["config"][k] != vars(args)[k]]
+    require(not other, f"{args.init or args.teacher} has other {', '.join(other)}.")
 
 
-def run(args):
+def run(args, source, teacher):
     """Trains, but for --eval, and evaluates or samples."""
-    teacher = load(args.teacher, args.device) if args.teacher else None
-    source = load(args.init, args.device) if args.init else teacher
     if not args.sample:
         if args.rank > 0:
             distributed.barrier()  # the first process downloads
@@ -699,17 +709,10 @@ def run(args):
         args.colours = data["test"][0].shape[1]
         if args.rank == 0 and args.world > 1:
             distributed.barrier()
-    if teacher:
-        same = all(teacher["config"][k] == vars(args)[k] for k in NETWORK[:2])
-        require(same, f"{args.teacher} knows images of another size or other colours.")
-
     if not args.eval:
-        args.teacher = teacher and str(args.teacher)
-        args.teacher_sha256 = teacher and teacher["sha256"]
-        args.source_sha256 = source and source["sha256"]
         train(args, teacher, source, data["train"][0])
     if args.rank == 0:
-        state = load(args.eval or args.out / "latest.pt", args.device)
+        state = source if args.eval else load(args.out / "latest.pt")
         about = {k: vars(args)[k] for k in ("dataset", "seed", "mirror", "guidance")}
         about |= {k: state[k] for k in ("step", "sha256", "config")}
         if args.sample:
@@ -720,12 +723,8 @@ def run(args):
 
 def main(argv=None):
     try:
-        typed = vars(PARSER.parse_args(argv))
-        useless = TRAINING + ["dataset", "teacher", "fid_network"] * ("sample" in typed)
-        useless = [f"--{k.replace('_', '-')}" for k in useless if k in typed and "eval" in typed]
-        require(not useless, f"of no use with --eval or --sample: {', '.join(useless)}.")
-        args = merge(typed)
-        check(args)
+        args, source, teacher = parse(argv)
+        check(args, source, teacher)
         args.out.mkdir(parents=True, exist_ok=True)
         if args.world > 1:
             if args.device == "cuda":
@@ -735,7 +734,7 @@ def main(argv=None):
             sys.stdout = open(os.devnull, "w")
         with open(args.out / f".lock-{args.rank}", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            run(args)
+            run(args, source, teacher)
     except BlockingIOError:
         PARSER.error(f"another process works in {args.out}: use another --out.")
     except BadInput as error:
