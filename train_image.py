@@ -62,7 +62,7 @@ SAVE_SECONDS = 15 * 60
 
 
 # --------------------------------------------------------------------------- the options
-class BadInput(Exception):
+class BadInput(argparse.ArgumentTypeError):
     """One sentence for the user, what is wrong and what to type instead: exit code 2."""
 
 
@@ -76,8 +76,7 @@ def between(low, high=math.inf):
 
     def number(text):
         value = type(low)(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        require(low <= value <= high, f"{text} is not between {low} and {high}")
         return value
 
     return number
@@ -153,9 +152,8 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.qkv = nn.Sequential(GroupNorm(c_out), nn.Conv2d(c_out, 3 * c_out, 1))
         self.merge = nn.Conv2d(c_out, c_out, 1)
-        for last in (self.after[-1], self.merge):  # every block starts as its skip
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        for last in (*self.after[-1].parameters(), *self.merge.parameters()):
+            nn.init.zeros_(last)  # every block starts as its skip
         if not attention:
             self.qkv = self.merge = None
 
@@ -171,8 +169,8 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """x [B, colours, H, H], t and s [B] -> u like x, features [B, feature_dim]. DDPM++ of Song et
-    al., "Score-Based Generative Modeling through Stochastic Differential Equations"."""
+    """x [B, colours, H, H], t and s [B] -> u like x, features [B, feature_dim]; DDPM++ of Song
+    et al., "Score-Based Generative Modeling through Stochastic Differential Equations"."""
 
     def __init__(self, image_size=32, channels=128, blocks=4, dropout=0.0, colours=3, paper=False):
         super().__init__()
@@ -230,13 +228,12 @@ def to_bytes(x):
 
 def read_image(path, size, crop=None):
     """uint8 [H, H] of a grey image, [H, H, 3] of a coloured one, as a viewer shows it: turned, on
-    white where transparent; cropped to a square and resized. ValueError for pixels of 32 bits."""
+    white where transparent; cropped to a square and resized. BadInput for pixels of 32 bits."""
     image = ImageOps.exif_transpose(Image.open(path))
     grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits, whose white is not known")
+    require(image.mode not in ("I", "F"), "pixels of 32 bits, whose white is not known")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -255,8 +252,8 @@ def read_folder(folder, size):
     for path in paths:
         try:
             images[str(path)] = read_image(path, size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = str(error) if type(error) is ValueError else "no image that can be read"
+        except Exception as error:  # whatever a file may raise
+            reason = str(error) if isinstance(error, BadInput) else "no image that can be read"
             left_out.setdefault(reason, []).append(path)
     print(f"images: {folder}")
     for reason, files in left_out.items():
@@ -305,10 +302,8 @@ def named_splits(dataset, root):
 def load_data(dataset, root, size, colours=None, held_out=True):
     """{"train": (uint8 [N, colours, H, H], names), "test": ...}. One colour if every image is grey
     and no checkpoint wants three; held_out as in folder_splits."""
-    if dataset in SIZES:
-        splits = named_splits(dataset, root)
-    else:
-        splits = folder_splits(Path(dataset), size, held_out)
+    named = dataset in SIZES
+    splits = named_splits(dataset, root) if named else folder_splits(Path(dataset), size, held_out)
     coloured = any(image.ndim == 3 for images in splits for image in images.values())
     require(not coloured or colours != 1, f"{dataset} has colours, and the checkpoint knows grey.")
     colours = colours or (3 if coloured else 1)
@@ -425,8 +420,7 @@ def update(args, flow, ema, optimizer, step):
 
 
 def prepare(args, source):
-    """Network, average, optimizer and step: as the run in --out left them, or at the start, with
-    the weights of `source` if any."""
+    """Network, average, optimizer, step: as the run in --out left them, or as `source` has them."""
     path = args.out / "latest.pt"
     state = load(path) if path.exists() else None
     if args.warmup is None:
@@ -447,13 +441,12 @@ def prepare(args, source):
     return flow, ema, optimizer, state["step"] if state else 0
 
 
-def train(args, teacher, source, images):
+def train(args, source, velocity, images):
     """Trains to --steps, from where the run in --out is; saves by the clock and at the end."""
     flow, ema, optimizer, first = prepare(args, source)
     size = sum(p.numel() for p in flow.parameters())
     print(f"{size:,} parameters; {vars(args)}", flush=True)
     images = images.to(args.device) if images.numel() < 2**32 else images
-    velocity = teacher and teacher["network"].to(args.device).velocity
     loss = torch.compile(f2d2.f2d2_loss) if args.compile else f2d2.f2d2_loss
 
     def velocity_alone(x, t, s):
@@ -467,7 +460,7 @@ def train(args, teacher, source, images):
     # Every piece has rows of the tangent condition, n in all, and of the others.
     share = args.batch_size // args.world
     n = max(1, round(args.diagonal * share))
-    most = max(1, min(n, share - n)) if args.condition else share
+    most = min(n, share - n) or share
     pieces = min(math.ceil(share / args.micro_batch), most)
     began = saved = time.time()
     step = first + 1
@@ -527,14 +520,13 @@ def sheet(args, flow):
 def chunked(args, what, x, function, first, *options):
     """function(first, x, *options), some images at a time; says at times how long it will take."""
     began = said = time.time()
-    parts = x.split(CHUNK)
     results = []
-    for i, part in enumerate(parts, 1):
+    for part in x.split(CHUNK):
         results.append(function(first, part.to(args.device), *options).cpu())
         if time.time() - said > 30:
             said = time.time()
-            left = (said - began) * (len(parts) / i - 1)
-            print(f"{what}: {i / len(parts):.0%}, {left:.0f} s left", flush=True)
+            done = min(1, CHUNK * len(results) / len(x))
+            print(f"{what}: {done:.0%}, {(said - began) * (1 / done - 1):.0f} s left", flush=True)
     return torch.cat(results).double()
 
 
@@ -546,9 +538,7 @@ def frechet_distance(a, b):
 
 
 def fid(args, flow, images):
-    """{steps: FID against these images}; {} without --fid-network."""
-    if not args.fid_network:
-        return {}
+    """{steps: FID against these images}."""
     inception = torch.jit.load(str(args.fid_network), args.device).eval()
 
     def features(k, x):
@@ -562,50 +552,46 @@ def fid(args, flow, images):
 
 
 @torch.no_grad()
-def evaluate(args, state, teacher, data, about):
+def evaluate(args, flow, velocity, data, about):
     """bits/dim of the test images at 8, 4, 2, 1 steps, errors against the oracle, FID. Writes
     metrics.json, log_p.csv, extremes.png (likeliest first) and samples.png (a row a step count)."""
-    flow = state["network"].to(args.device)
     images, names = data["test"]
     torch.manual_seed(0)  # of the probes; the bytes' noise is that of the first N images of any set
     x = f2d2.dequantize(images, generator=torch.Generator().manual_seed(0))
     some = torch.linspace(0, len(x) - 1, min(args.oracle_images, len(x))).long()
 
-    def bits(what, x, log_likelihood, *options):
-        return f2d2.bits_per_dim(chunked(args, what, x, log_likelihood, *options), x[0].numel())
-
     def mean(bpd):
         return {"bpd": bpd.mean().item(), "se": (bpd.std() / len(bpd) ** 0.5).item()}
 
-    field = (teacher or state)["network"].to(args.device).velocity
-    probe = "rademacher" if args.paper else "dct"
-    oracle = bits("oracle", x[some], f2d2.ode_log_likelihood, field, ORACLE_STEPS, probe)
-    distances = fid(args, flow, data["train"][0])
+    slow = (f2d2.ode_log_likelihood, velocity, ORACLE_STEPS, "rademacher" if args.paper else "dct")
+    oracle = f2d2.bits_per_dim(chunked(args, "oracle", x[some], *slow), x[0].numel())
+    distances = fid(args, flow, data["train"][0]) if args.fid_network else {}
     columns = {}
     rows = {}
     for k in STEP_COUNTS:
         rows[k] = {"nfe_sample": k + 2 * bool(args.guidance), "fid": distances.get(k)}
         if args.head:
-            bpd = bits(f"{k} steps", x, f2d2.log_likelihood, flow, k, args.mirror)
+            log_p = chunked(args, f"{k} steps", x, f2d2.log_likelihood, flow, k, args.mirror)
+            bpd = f2d2.bits_per_dim(log_p, x[0].numel())
             columns[f"{k} steps"] = bpd.tolist()
             error = bpd[some] - oracle
             corr = torch.corrcoef(torch.stack([bpd[some], oracle]))[0, 1]
             rows[k] |= mean(bpd) | {"gap": error.mean().item(), "corr": corr.item()}
             rows[k]["mae_oracle"] = error.abs().mean().item()
 
-    slow = dict(zip(some.tolist(), oracle.tolist()))
-    columns["oracle"] = [slow.get(i, "") for i in range(len(x))]
+    known = dict(zip(some.tolist(), oracle.tolist()))
+    columns["oracle"] = [known.get(i, "") for i in range(len(x))]
     save(args.out / "log_p.csv", [["image", *columns], *zip(names, *columns.values())])
     if args.head:
         order = np.argsort(columns[f"{STEP_COUNTS[0]} steps"])
         save(args.out / "extremes.png", images[np.r_[order[:32], order[-32:]]])
     save(args.out / "samples.png", sheet(args, flow))
-    whose = f"the ODE of {args.teacher}" if teacher else "its own ODE"
+    whose = f"the ODE of {args.teacher}" if args.teacher else "its own ODE"
     metrics = about | {"images": len(x), "steps": rows}
     metrics["oracle"] = mean(oracle) | {"of": whose, "nfe": 2 * ORACLE_STEPS, "images": len(some)}
     save(args.out / "metrics.json", metrics)
 
-    print(f"\n{args.dataset}: {len(x)} images, step {state['step']}; oracle: {whose}")
+    print(f"\n{args.dataset}: {len(x)} images, step {about['step']}; oracle: {whose}")
     print("  steps bits/dim       se      gap |-oracle|     corr      FID")
     for k, row in {"oracle": metrics["oracle"], **rows}.items():
         cells = [row.get(key) for key in ("bpd", "se", "gap", "mae_oracle", "corr", "fid")]
@@ -613,9 +599,8 @@ def evaluate(args, state, teacher, data, about):
 
 
 @torch.no_grad()
-def write_samples(args, state, about):
+def write_samples(args, flow, about):
     """--sample N: N images as PNG, and samples.csv with log p of each in nats."""
-    flow = state["network"].to(args.device)
     k = STEP_COUNTS[0]
     rows = [["image", "log_likelihood", "sample"]]
     for x0 in noise(args, args.sample, args.seed).split(CHUNK):
@@ -651,6 +636,7 @@ def parse(argv):
 
     known = {"dataset": "cifar10", "colours": None} | RECIPES[config.get("method", typed.method)]
     args = PARSER.parse_args(argv, argparse.Namespace(**known | config))
+    args.teacher = teacher and args.teacher
     args.teacher_sha256 = teacher and teacher["sha256"]
     args.source_sha256 = source and source["sha256"]
     args.image_size = args.image_size or SIZES.get(args.dataset, 32)
@@ -674,9 +660,8 @@ def check(args, source, teacher):
     folder = args.dataset in SIZES or args.sample or Path(args.dataset).is_dir()
     size = args.image_size
     side = SIZES.get(args.dataset, size)
-    taught = args.teacher or args.method != "shortcut-distill"
+    taught = args.eval or args.teacher or args.method != "shortcut-distill"
     alone = args.eval or not args.teacher or args.method not in ("flow", "shortcut")
-    headed = args.head or not (args.sample or args.guidance)
     share, rest = divmod(args.batch_size, args.world)
     started = args.world == 1 or ("RANK" in os.environ and not args.eval)
     network = not args.fid_network or zipfile.is_zipfile(args.fid_network)
@@ -686,7 +671,7 @@ def check(args, source, teacher):
     require(size % 4 == 0, "--image-size must be a multiple of 4.")
     require(taught, "shortcut-distill needs --teacher CKPT, a latest.pt of --method flow.")
     require(alone, f"--method {args.method} has no teacher: drop it, or use shortcut-distill.")
-    require(headed, "--sample and --guidance need a divergence head: drop them.")
+    require(args.head or not (args.sample or args.guidance), "--sample and --guidance need a head.")
     require(started, "WORLD_SIZE is set: train with torchrun, evaluate without it, or unset it.")
     require(not rest, f"--batch-size {args.batch_size} is no multiple of {args.world} processes.")
     require(args.micro_batch <= share, f"--micro-batch is at most a process's share, {share}.")
@@ -702,6 +687,7 @@ def check(args, source, teacher):
 
 def run(args, source, teacher):
     """Trains, but for --eval, and evaluates or samples."""
+    velocity = teacher and teacher["network"].to(args.device).velocity
     if not args.sample:
         if args.rank > 0:
             distributed.barrier()  # the first process downloads
@@ -710,15 +696,16 @@ def run(args, source, teacher):
         if args.rank == 0 and args.world > 1:
             distributed.barrier()
     if not args.eval:
-        train(args, teacher, source, data["train"][0])
+        train(args, source, velocity, data["train"][0])
     if args.rank == 0:
         state = source if args.eval else load(args.out / "latest.pt")
+        flow = state["network"].to(args.device)
         about = {k: vars(args)[k] for k in ("dataset", "seed", "mirror", "guidance")}
         about |= {k: state[k] for k in ("step", "sha256", "config")}
         if args.sample:
-            write_samples(args, state, about)
+            write_samples(args, flow, about)
         else:
-            evaluate(args, state, teacher, data, about)
+            evaluate(args, flow, velocity or flow.velocity, data, about)
 
 
 def main(argv=None):
