@@ -627,12 +627,11 @@ def parse(argv):
     teacher = load(typed.teacher) if typed.teacher else None
     path = typed.eval or typed.init
     source = load(path) if path else teacher
-    config = source["config"] if source else {}
-    if not typed.eval:
-        config = {k: config[k] for k in SHAPE if source}
-    elif not teacher and os.path.isfile(config["teacher"] or ""):  # is it there, and the same?
-        teacher = load(config["teacher"])
-        teacher = teacher if teacher["sha256"] == config["teacher_sha256"] else None
+    keys = CONFIG if typed.eval else SHAPE
+    config = {k: source["config"][k] for k in keys if source}
+    if typed.eval and not teacher and os.path.isfile(config["teacher"] or ""):
+        found = load(config["teacher"])
+        teacher = found if found["sha256"] == config["teacher_sha256"] else None
 
     known = {"dataset": "cifar10", "colours": None} | RECIPES[config.get("method", typed.method)]
     args = PARSER.parse_args(argv, argparse.Namespace(**known | config))
@@ -657,31 +656,32 @@ def parse(argv):
 
 def check(args, source, teacher):
     """Refuses what cannot work, before anything is written."""
+    started = args.world == 1 or ("RANK" in os.environ and not args.eval)
+    require(started, "WORLD_SIZE is set: train with torchrun, evaluate without it, or unset it.")
     folder = args.dataset in SIZES or args.sample or Path(args.dataset).is_dir()
+    require(folder, f"{args.dataset} is no folder: name one, or {', '.join(SIZES)}.")
     size = args.image_size
     side = SIZES.get(args.dataset, size)
-    taught = args.eval or args.teacher or args.method != "shortcut-distill"
-    alone = args.eval or not args.teacher or args.method not in ("flow", "shortcut")
-    share, rest = divmod(args.batch_size, args.world)
-    started = args.world == 1 or ("RANK" in os.environ and not args.eval)
-    network = not args.fid_network or zipfile.is_zipfile(args.fid_network)
-    done = args.eval and (args.out / "metrics.json").exists()
-    require(folder, f"{args.dataset} is no folder: name one, or {', '.join(SIZES)}.")
     require(side == size, f"{args.dataset} has --image-size {side}, not {size}.")
     require(size % 4 == 0, "--image-size must be a multiple of 4.")
-    require(taught, "shortcut-distill needs --teacher CKPT, a latest.pt of --method flow.")
-    require(alone, f"--method {args.method} has no teacher: drop it, or use shortcut-distill.")
-    require(args.head or not (args.sample or args.guidance), "--sample and --guidance need a head.")
-    require(started, "WORLD_SIZE is set: train with torchrun, evaluate without it, or unset it.")
+    share, rest = divmod(args.batch_size, args.world)
     require(not rest, f"--batch-size {args.batch_size} is no multiple of {args.world} processes.")
     require(args.micro_batch <= share, f"--micro-batch is at most a process's share, {share}.")
+    require(args.head or not (args.sample or args.guidance), "--sample and --guidance need a head.")
+    network = not args.fid_network or zipfile.is_zipfile(args.fid_network)
     require(network, f"{args.fid_network} is no TorchScript network.")
     require(args.held_out or not args.fid_network, "--fid-network needs the training data set.")
+    done = args.eval and (args.out / "metrics.json").exists()
     require(not done, f"{args.out} holds an evaluation already: name another --out.")
     other = [k for k in SHAPE[:2] if teacher and teacher["config"][k] != vars(args)[k]]
     require(not other, f"{args.teacher} has other {', '.join(other)}.")
-    start = None if args.eval else source
-    other = [k for k in (*SHAPE, "paper") if start and start["config"][k] != vars(args)[k]]
+    if args.eval:
+        return
+    taught = args.teacher or args.method != "shortcut-distill"
+    require(taught, "shortcut-distill needs --teacher CKPT, a latest.pt of --method flow.")
+    alone = not args.teacher or args.method not in ("flow", "shortcut")
+    require(alone, f"--method {args.method} has no teacher: drop it, or use shortcut-distill.")
+    other = [k for k in (*SHAPE, "paper") if source and source["config"][k] != vars(args)[k]]
     require(not other, f"{args.init or args.teacher} has other {', '.join(other)}.")
 
 

@@ -851,6 +851,23 @@ def test_the_teacher_is_the_oracle(tmp_path, photos, teacher):
     assert "its own ODE" in json.dumps(alone) and str(teacher) not in json.dumps(alone)
 
 
+def test_every_checkpoint_is_read_once(tmp_path, photos, teacher, monkeypatch):
+    read = []
+    whole = torch.load
+
+    def recorded(path, **options):
+        read.append(str(path))
+        return whole(path, **options)
+
+    monkeypatch.setattr(torch, "load", recorded)
+    run(tmp_path / "out", photos, "--method", "lsd", "--teacher", teacher, steps=1)
+    latest = tmp_path / "out/latest.pt"
+    assert read == [str(teacher), str(latest)]
+    read.clear()
+    main([*QUICK, *words("--eval", latest, "--dataset", photos)])
+    assert sorted(read) == sorted([str(teacher), str(latest)])
+
+
 # ------------------------------------------------------------------------------- going on
 @pytest.mark.parametrize("method", ["flow", "shortcut", "shortcut-distill", "meanflow", "lsd"])
 def test_more_steps_go_on_whatever_the_method(tmp_path, photos, teacher, monkeypatch, method):
@@ -1003,6 +1020,18 @@ def test_a_world_without_torchrun_is_one_sentence(tmp_path, photos, monkeypatch,
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = refused(capsys, *TINY, "--dataset", photos, "--out", tmp_path / "out")
     assert "torchrun" in message and not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_under_torchrun_is_one_sentence(
+    tmp_path, photos, teacher, monkeypatch, capsys
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "0")
+    options = [*QUICK, "--eval", teacher, "--out", tmp_path / "out"]
+    for data in (["--dataset", photos], ["--sample", 2]):
+        assert "torchrun" in refused(capsys, *options, *data)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_that_the_processes_cannot_share_is_one_sentence(
