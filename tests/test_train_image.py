@@ -73,6 +73,7 @@ def stand_ins():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_image, "UNet", Small)
         patch.setattr(train_image, "ORACLE_STEPS", 2)
+        patch.setattr(train_image, "ORACLE_RUNS", 2)
         patch.setattr(train_image, "FID_SAMPLES", 16)
         yield
     torch.set_num_threads(threads)
