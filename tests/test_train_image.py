@@ -852,6 +852,28 @@ def test_the_teacher_is_the_oracle(tmp_path, photos, teacher):
     assert "its own ODE" in json.dumps(alone) and str(teacher) not in json.dumps(alone)
 
 
+def test_the_image_table_is_read_from_the_runs(tmp_path, photos, teacher):
+    options = ["--method", "lsd", "--teacher", teacher]
+    runs = [run(tmp_path / seed, photos, *options, "--seed", seed) for seed in "01"]
+    table = Path(__file__).parent / "measure/table.py"
+    command = [sys.executable, table, tmp_path / "0", tmp_path / "1"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    titles, row = ([cell.strip() for cell in printed.splitlines()[i].split("|")] for i in (0, 2))
+    row = dict(zip(titles, row))
+    assert row["(seeds)"] == "lsd, teacher (2)"
+    assert row["oracle"] == f"{sum(metrics['oracle']['bpd'] for metrics in runs) / 2:.3f}"
+    for title, key in {
+        "bits/dim": "bpd",
+        "gap to the oracle": "gap",
+        "error per image": "mae_oracle",
+        "correlation": "corr",
+    }.items():
+        values = [[metrics["steps"][k][key] for metrics in runs] for k in ("8", "4", "2", "1")]
+        means = " / ".join(f"{sum(pair) / 2:.3f}" for pair in values)
+        low, high = min(map(min, values)), max(map(max, values))
+        assert row[title] == f"{means} ({low:.3f} to {high:.3f})"
+
+
 def test_every_checkpoint_is_read_once(tmp_path, photos, teacher, monkeypatch):
     read = []
     whole = torch.load

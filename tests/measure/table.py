@@ -1,9 +1,10 @@
-"""The README's 2-D tables, from the runs of train_2d.py:
+"""The README's tables, from the runs of train_2d.py or of train_image.py:
 
 python tests/measure/table.py FOLDER...    every metrics.json in and below these folders
 
-Runs of one system: a line for each number of steps, mean (range) over seeds. Of several systems: a
-line for each, means at 8 / 4 / 2 / 1 steps and the ranges at one step.
+Runs of one system in 2-D: a line for each number of steps, mean (range) over seeds. Of several
+systems: a line for each, means at 8 / 4 / 2 / 1 steps and the ranges at one step. Images: a line
+for each system, means at 8 / 4 / 2 / 1 steps (range over steps and seeds).
 """
 
 import json
@@ -19,6 +20,12 @@ COLUMNS = {
     "sample_kl": "sample KL",
     "euler_nll": "Euler NLL",
     "seconds": "seconds for 10,000 log p",
+}
+IMAGE_COLUMNS = {
+    "bpd": "bits/dim",
+    "gap": "gap to the oracle",
+    "mae_oracle": "error per image",
+    "corr": "correlation",
 }
 RANGES = ("mae_oracle", "sample_kl")  # of several systems, at one step
 ORACLE = ("nll", "sample_kl", "seconds")
@@ -53,6 +60,10 @@ def print_header(titles):
 
 
 def name_of(run):
+    if "config" in run:  # of train_image.py
+        return (
+            f"{run['config']['method']}, {'teacher' if run['config']['teacher'] else 'from data'}"
+        )
     name = f"{run['target']}, {run['method']}"
     if run.get("no_teacher") and run["method"] in ("meanflow", "lsd"):
         name += " from data"
@@ -95,13 +106,28 @@ def several_systems(systems):
         print_row([*cells, ", ".join(oracle)])
 
 
+def image_systems(systems):
+    print_header(["(seeds)", "oracle", *IMAGE_COLUMNS.values()])
+    for name, runs in systems.items():
+        cells = [f"{name} ({len(runs)})", mean([run["oracle"]["bpd"] for run in runs])]
+        for key in IMAGE_COLUMNS:
+            columns = [[run["steps"][k].get(key) for run in runs] for k in runs[0]["steps"]]
+            means = [mean(values) for values in columns]
+            cells.append("" if "" in means else f"{' / '.join(means)} ({spread(sum(columns, []))})")
+        print_row(cells)
+
+
 def main(folders):
-    systems = {}
     paths = {path for folder in folders for path in Path(folder).rglob("metrics.json")}
-    for path in sorted(paths):
-        run = json.loads(path.read_text())
+    runs = [json.loads(path.read_text()) for path in sorted(paths)]
+    systems = {}
+    for run in runs:
         systems.setdefault(name_of(run), []).append(run)
-    if len(systems) == 1:
+    if not runs:
+        sys.exit("no metrics.json there: name the folders of finished runs.")
+    elif "config" in runs[0]:
+        image_systems(systems)
+    elif len(systems) == 1:
         one_system(*systems.values())
     else:
         several_systems(systems)
