@@ -1,12 +1,11 @@
-"""Where a student's error of log p comes from: python tests/measure/parts.py CKPT FOLDER
+"""Where a student's error of log p comes from: python tests/measure/parts.py FOLDER CKPT...
 
-CKPT: a student whose teacher is where it was; FOLDER: its images. On 64 test images, in bits/dim,
-mean and mean absolute value over images; positive: the part makes bits/dim too high.
+FOLDER: the images; CKPT: students of one teacher, which is where it was. On 64 test images, in
+bits/dim, mean (mean absolute value) over images; positive: the part makes bits/dim too high.
 
-  oracle's probes     one run with DCT probes against exact divergences
-  D, short pieces     sum of D over the oracle's 64 steps, against div v there
+  D, short pieces     D over the oracle's 64 steps, against exact divergences there
   D, long jumps       D over 8, 4, 2, 1 jumps from points of the oracle's path, against short pieces
-  x, D elsewhere      D where the student's own jumps arrive, against the oracle's path
+  D, off the path     D from where the student's own jumps arrive, against the oracle's path
   x_0                 log N(x_0) where the student arrives, against the oracle's x_0
 """
 
@@ -44,46 +43,51 @@ def jumps(flow, points, times):
 
 
 @torch.no_grad()
-def main(path, folder):
-    state = train_image.load(path)
-    flow = state["network"]
-    velocity = train_image.load(state["config"]["teacher"])["network"].velocity
-    size, colours = state["config"]["image_size"], state["config"]["colours"]
-    images = train_image.load_data(folder, Path("data"), size, colours, False)["test"][0]
+def main(folder, *paths):
+    students = [train_image.load(path) for path in paths]
+    config = students[0]["config"]
+    velocity = train_image.load(config["teacher"])["network"].velocity
+    shape = config["image_size"], config["colours"]
+    images = train_image.load_data(folder, Path("data"), *shape, False)["test"][0]
     x = f2d2.dequantize(images, generator=torch.Generator().manual_seed(0))
     x1 = x[torch.linspace(0, len(x) - 1, N).long()]
-    nats_per_bit = x1[0].numel() * math.log(2)
 
-    def show(name, log_p, reference):
-        bits = (reference - log_p) / nats_per_bit
-        print(f"| {name} | {bits.mean():.3f} | {bits.abs().mean():.3f} |", flush=True)
+    def compare(log_p, reference):
+        bits = (reference - log_p) / (x1[0].numel() * math.log(2))
+        return f"{bits.mean():.3f} ({bits.abs().mean():.3f})"
 
-    print("| part | mean | mean absolute value |\n| --- | --- | --- |")
+    # The oracle's path, and the teacher's at the stops of 8, 4, 2, 1 jumps.
     times = f2d2.time_grid(train_image.ORACLE_STEPS, x1, True).flip(0)
     points, gained = path_of(velocity, x1, times, "exact")
     oracle = f2d2.normal_log_density(points[-1]) - sum(gained)
     dct = f2d2.ode_log_likelihood(velocity, x1, train_image.ORACLE_STEPS, "dct")
-    show("oracle's probes", dct, oracle)
-    short = jumps(flow, points, times)
-    show("D, short pieces", -short, -sum(gained))
-
+    print(
+        f"oracle's probes, one run against exact divergences: {compare(dct, oracle)}\n", flush=True
+    )
+    stops = {}
     for k in train_image.STEP_COUNTS:
+        stops[k] = [x1]
         grid = f2d2.time_grid(k, x1).flip(0)
-        stops = [x1]
         for t, s in zip(grid[:-1], grid[1:]):  # finer near the data, as the oracle's grid
-            fine = 1.01 - torch.logspace(0, 1, 33, base=((1.01 - s) / (1.01 - t)).item()) * (
-                1.01 - t
-            )
-            stops.append(path_of(velocity, stops[-1], fine.clamp(0, 1))[0][-1])
-        long = jumps(flow, stops, grid)
-        x0, own = f2d2._travel(flow, x1, grid)
-        show(f"{k} steps: D, long jumps", -long, -short)
-        show(f"{k} steps: D, off the oracle's path", -own, -long)
-        show(f"{k} steps: x_0", *map(f2d2.normal_log_density, (x0, points[-1])))
-        log_p = f2d2.log_likelihood(flow, x1, k)
-        show(f"{k} steps: all", log_p, oracle)
-        corr = torch.corrcoef(torch.stack([log_p, oracle]))[0, 1]
-        print(f"| {k} steps: correlation | {corr:.4f} | |", flush=True)
+            share = torch.linspace(0, 1, 33)
+            fine = 1.01 - (1.01 - t) ** (1 - share) * (1.01 - s) ** share
+            stops[k].append(path_of(velocity, stops[k][-1], fine.clamp(0, 1))[0][-1])
+
+    titles = "student, steps", "D, short pieces", "D, long jumps", "D, off the path", "x_0", "all"
+    print("|", " | ".join([*titles, "correlation"]), "|\n" + "| --- " * 7 + "|")
+    for student in students:
+        flow = student["network"]
+        short = jumps(flow, points, times)
+        for k in train_image.STEP_COUNTS:
+            grid = f2d2.time_grid(k, x1).flip(0)
+            long = jumps(flow, stops[k], grid)
+            x0, own = f2d2._travel(flow, x1, grid)
+            log_p = f2d2.log_likelihood(flow, x1, k)
+            cells = [f"{student['config']['method']}, {k}", compare(-short, -sum(gained))]
+            cells += [compare(-long, -short), compare(-own, -long)]
+            cells.append(compare(*map(f2d2.normal_log_density, (x0, points[-1]))))
+            corr = torch.corrcoef(torch.stack([log_p, oracle]))[0, 1]
+            print("|", " | ".join([*cells, compare(log_p, oracle), f"{corr:.3f}"]), "|", flush=True)
 
 
 if __name__ == "__main__":
