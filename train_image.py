@@ -85,14 +85,14 @@ def between(low, high=math.inf):
 
 DEVICES = [d for d in ("cuda", "mps", "cpu") if torch.get_device_module(d).is_available()]
 
-# Options of an evaluation too. What has no default here is the checkpoint's or the method's.
+# Options of an evaluation too. What is not typed is the checkpoint's, the method's or the default.
 EVALUATION = argparse.ArgumentParser("train_image.py", usage=argparse.SUPPRESS, add_help=False)
 option = EVALUATION.add_argument
 option("--dataset", help="cifar10 (the default), imagenet64, celeba64 or a folder of images")
 option("--data", type=Path, default="data", help="where named data sets are or go; default data/")
 option("--teacher", metavar="CKPT", help="gives v and div v, and the oracle")
 option("--paper", action="store_true", help="the paper's objective and mirrored likelihood")
-option("--seed", type=between(0, 2**64 - 1), default=0, help="of everything random; default 0")
+option("--seed", type=between(0, 2**64 - 1), default=0, help="of training or --sample; default 0")
 option("--out", type=Path, help="default below runs/image/; a run that is there goes on")
 option("--device", choices=DEVICES, default=DEVICES[0], help=f"default here {DEVICES[0]}")
 option("--eval", type=Path, metavar="CKPT", help="no training: log p of --dataset's test images")
@@ -115,14 +115,14 @@ option("--dropout", type=between(0.0, 0.9), help="probability; default the metho
 option("--steps", type=between(1), help="of training; default the method's")
 option("--warmup", type=between(0), help="first steps, that train u alone; default the method's")
 option("--batch-size", type=between(1), help="images a step, in all; default the method's")
-option("--micro-batch", type=between(1), help="images at a time in a process; default 128")
+option("--micro-batch", type=between(1), help="about how many at a time in a process; default 128")
 option("--lr", type=between(1e-9, 1.0), help="learning rate; default the method's")
 option("--compile", action="store_true", help="torch.compile the loss")
 
 SHAPE = ("image_size", "colours", "channels", "blocks")  # a student's is its teacher's
 NETWORK = (*SHAPE, "paper", "dropout")
 CONFIG = (*NETWORK, "method", "head", "dataset", "seed", "batch_size", "lr", "warmup")
-CONFIG += ("teacher", "teacher_sha256", "source_sha256")  # all that a checkpoint says of its run
+CONFIG += ("teacher", "teacher_sha256", "source_sha256")  # the config of a checkpoint
 
 
 # --------------------------------------------------------------------------- the network
@@ -231,17 +231,17 @@ def read_image(path, size, crop=None):
     """uint8 [H, H] of a grey image, [H, H, 3] of a coloured one, as a viewer shows it: turned, on
     white where transparent; cropped to a square and resized. BadInput for pixels of 32 bits."""
     image = ImageOps.exif_transpose(Image.open(path))
-    grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     require(image.mode not in ("I", "F"), "pixels of 32 bits, whose white is not known")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    image = image.convert("L" if grey else "RGB")
+    image = image.convert("RGB")
     if crop:
         image = torchvision.transforms.functional.center_crop(image, crop)
-    return np.asarray(ImageOps.fit(image, (size, size), Image.BICUBIC))
+    pixels = np.asarray(ImageOps.fit(image, (size, size), Image.BICUBIC))
+    return pixels if np.ptp(pixels, 2).any() else pixels[:, :, 0]
 
 
 def read_folder(folder, size):
@@ -264,7 +264,7 @@ def read_folder(folder, size):
 
 def folder_splits(root, size, held_out):
     """train and test {path: image}: the user's train/ with test/, val/ or valid/, in any case, or
-    a seeded tenth as the test split. If not held_out, test/ or else everything is test."""
+    a tenth, by name, as the test split. Not held_out, never trained on: test/ or all is test."""
     folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
     test = folders.get("test") or folders.get("val") or folders.get("valid")
     if not held_out:
@@ -273,9 +273,9 @@ def folder_splits(root, size, held_out):
     require(both, f"{root} has only one of train/ and test/ (or val/): make both, or neither.")
     if test:
         return read_folder(folders["train"], size), read_folder(test, size)
-    print(f"a seeded tenth of {root} is held out as test images")
+    print(f"a tenth of {root}, chosen by name, is held out as test images")
     images = read_folder(root, size)
-    order = np.random.default_rng(0).permutation(list(images)).tolist()
+    order = sorted(images, key=lambda path: hashlib.md5(os.fsencode(Path(path).name)).digest())
     test = {path: images.pop(path) for path in sorted(order[: max(1, len(order) // 10)])}
     return dict(sorted(images.items())), test
 
@@ -305,7 +305,7 @@ def load_data(dataset, root, size, colours=None, held_out=True):
     and no checkpoint wants three; held_out as in folder_splits."""
     named = dataset in SIZES
     splits = named_splits(dataset, root) if named else folder_splits(Path(dataset), size, held_out)
-    coloured = any(image.ndim == 3 for images in splits for image in images.values())
+    coloured = named or any(i.ndim == 3 for images in splits for i in images.values())
     require(not coloured or colours != 1, f"{dataset} has colours, and the checkpoint knows grey.")
     colours = colours or (3 if coloured else 1)
     data = {}
@@ -331,7 +331,7 @@ def save(path, content):
     elif path.suffix == ".csv":
         text = io.StringIO()
         csv.writer(text).writerows(content)
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="surrogateescape"))
     else:
         finite = json.loads(json.dumps(content), parse_constant=lambda nan_or_infinity: None)
         file.write(json.dumps(finite, indent=1).encode())
@@ -365,8 +365,8 @@ def load(path):
 def draw(data, args, step, rank, world):
     """This rank's x1, x0, t, s, eps of the global batch: a function of (seed, step), so that a run
     that goes on, and any number of processes and pieces, sees the same."""
-    seed, own = np.random.SeedSequence([args.seed, step]).generate_state(2)
-    torch.manual_seed(int(own) + rank)  # of dropout
+    seed, dropout_seed = np.random.SeedSequence([args.seed, step]).generate_state(2)
+    torch.manual_seed(int(dropout_seed) + rank)
     g = torch.Generator(args.device).manual_seed(int(seed))
     n = {"size": (args.batch_size,), "device": args.device, "generator": g}
     images = data[torch.randint(len(data), **n).to(data.device)].to(args.device)
@@ -381,8 +381,8 @@ def draw(data, args, step, rank, world):
 
 
 def accumulate(objective, batch, n, count):
-    """Gradients and terms of the mean loss over the batch, in `count` pieces. Each has its share of
-    the n rows of the tangent condition and of the others, and its terms count by that share."""
+    """Gradients and terms of the mean loss over the batch, in `count` pieces. The tangent condition
+    has the first n rows. A piece has some of both kinds; its terms count by its share of each."""
     first = zip(*(a[:n].tensor_split(count) for a in batch))
     rest = zip(*(a[n:].tensor_split(count) for a in batch))
     totals = dict.fromkeys(("vm", "u", "div", "D"), 0.0)
@@ -390,7 +390,7 @@ def accumulate(objective, batch, n, count):
         piece = [torch.cat(pair) for pair in zip(head, tail)]
         losses = objective(*piece, diagonal=len(head[0]) / len(piece[0]))
         share = len(head[0]) / n
-        share_rest = len(tail[0]) / max(1, len(batch[0]) - n)
+        share_rest = len(tail[0]) / (len(batch[0]) - n) if n < len(batch[0]) else 1.0
         shares = {"vm": share, "div": share, "u": share_rest, "D": share_rest}
         losses = {name: shares[name] * loss for name, loss in losses.items()}
         sum(losses.values()).backward()
@@ -401,11 +401,11 @@ def accumulate(objective, batch, n, count):
 @torch.no_grad()
 def update(args, flow, ema, optimizer, step):
     """One step of optimizer and average from the gradients of all processes, whose norm returns."""
-    # Learning rate: up in the first twentieth; lsd's falls; [ours] to zero in the last quarter.
+    # Learning rate: up for a twentieth or 10,000 steps; lsd's falls; [ours] to 0 at the end.
     ramp = step / max(1, min(10_000, args.steps // 20))
     decay = (args.decay_after / step) ** 0.5
-    left = math.inf if args.paper else 4 - 4 * (step - 1) / args.steps
-    optimizer.param_groups[0]["lr"] = args.lr * min(1, ramp, decay, left)
+    end = math.inf if args.paper else 4 - 4 * (step - 1) / args.steps
+    optimizer.param_groups[0]["lr"] = args.lr * min(1, ramp, decay, end)
     if args.world > 1:
         gradients = [p.grad for p in flow.parameters() if p.grad is not None]
         mean = nn.utils.parameters_to_vector(gradients) / args.world
@@ -413,9 +413,9 @@ def update(args, flow, ema, optimizer, step):
         nn.utils.vector_to_parameters(mean, gradients)
     norm = nn.utils.clip_grad_norm_(flow.parameters(), args.clip)
     optimizer.step()
-    # The average remembers half_life images, or a twentieth of those seen if that is less.
-    memory = min(args.half_life, 0.05 * step * args.batch_size)
-    new = 1 - 0.5 ** (args.batch_size / memory)
+    # The average's half-life: args.half_life images, or a twentieth of those seen if that is less.
+    half_life = min(args.half_life, 0.05 * step * args.batch_size)
+    new = 1 - 0.5 ** (args.batch_size / half_life)
     torch._foreach_lerp_(list(ema.parameters()), list(flow.parameters()), new)
     return norm
 
@@ -450,18 +450,18 @@ def train(args, source, velocity, images):
     images = images.to(args.device) if images.numel() < 2**32 else images
     loss = torch.compile(f2d2.f2d2_loss) if args.compile else f2d2.f2d2_loss
 
-    def velocity_alone(x, t, s):
+    def headless(x, t, s):
         return flow(x, t, s)[:1]
 
     def objective(x1, x0, t, s, eps, diagonal):
-        f = flow if step > args.warmup else velocity_alone
+        f = flow if step > args.warmup else headless
         draws = {"x0": x0, "t": t, "s": s, "probe": eps, "diagonal": diagonal}
         return loss(f, x1, args.condition, velocity, paper=args.paper, **draws)
 
     # Every piece has rows of the tangent condition, n in all, and of the others.
     share = args.batch_size // args.world
     n = max(1, round(args.diagonal * share))
-    most = min(n, share - n) or share
+    most = min(n, share - n) or share  # flow has no others
     pieces = min(math.ceil(share / args.micro_batch), most)
     began = saved = time.time()
     step = first + 1
@@ -526,7 +526,7 @@ def chunked(args, what, x, function, first, *options):
         results.append(function(first, part.to(args.device), *options).cpu())
         if time.time() - said > 30:
             said = time.time()
-            done = min(1, CHUNK * len(results) / len(x))
+            done = len(results) / math.ceil(len(x) / CHUNK)
             print(f"{what}: {done:.0%}, {(said - began) * (1 / done - 1):.0f} s left", flush=True)
     return torch.cat(results).double()
 
@@ -557,7 +557,7 @@ def evaluate(args, flow, velocity, data, about):
     """bits/dim of the test images at 8, 4, 2, 1 steps, errors against the oracle, FID. Writes
     metrics.json, log_p.csv, extremes.png (likeliest first) and samples.png (a row a step count)."""
     images, names = data["test"]
-    torch.manual_seed(0)  # of the probes; the bytes' noise is that of the first N images of any set
+    torch.manual_seed(0)  # of the probes; the bytes' noise depends on an image's row alone
     x = f2d2.dequantize(images, generator=torch.Generator().manual_seed(0))
     some = torch.linspace(0, len(x) - 1, min(args.oracle_images, len(x))).long()
 
@@ -622,11 +622,11 @@ def parse(argv):
     """All that a run is: as typed, else as in its checkpoint, else the method's, else the default;
     and the checkpoints, each read once: what it evaluates or starts from, and the teacher."""
     typed = PARSER.parse_args(argv)
-    training = EVALUATION.parse_known_args(argv)[1]
-    others = typed.dataset or typed.teacher or typed.fid_network
+    training = EVALUATION.parse_known_args(argv)[1]  # what an evaluation does not know
     require(not (typed.eval and training), f"of no use with --eval: {' '.join(training)}.")
     guided = typed.sample or typed.guidance
     require(typed.eval or not guided, "--sample and --guidance need a checkpoint: add --eval CKPT.")
+    others = typed.dataset or typed.teacher or typed.fid_network
     require(not (typed.sample and others), "--sample has no --dataset, --teacher, --fid-network.")
     teacher = load(typed.teacher) if typed.teacher else None
     path = typed.eval or typed.init
@@ -638,7 +638,7 @@ def parse(argv):
         teacher = found if found["sha256"] == config["teacher_sha256"] else None
 
     known = {"dataset": "cifar10", "colours": None} | RECIPES[config.get("method", typed.method)]
-    args = PARSER.parse_args(argv, argparse.Namespace(**known | config))
+    args = PARSER.parse_args(argv, argparse.Namespace(**known | config))  # the typed wins
     args.teacher = teacher and args.teacher
     args.teacher_sha256 = teacher and teacher["sha256"]
     args.source_sha256 = source and source["sha256"]
@@ -731,7 +731,7 @@ def main(argv=None):
     except BadInput as error:
         PARSER.error(str(error).splitlines()[0])
     except OSError as error:
-        PARSER.error(f"{error}: make room, or name another --out.")
+        PARSER.error(f"{error}: make room, or name another folder.")
 
 
 if __name__ == "__main__":

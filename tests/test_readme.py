@@ -60,4 +60,4 @@ def test_what_is_ours_is_marked_where_the_readme_says():
     numbers = [int(n) for n in re.findall(r"\(f2d2\.py#L(\d+)\)", README)]
     assert len(numbers) > 5
     for number in numbers:
-        assert "[ours]" in lines[number - 1] or "[ours]" in lines[number], lines[number - 1]
+        assert "[ours]" in lines[number - 1], lines[number - 1]

@@ -625,6 +625,23 @@ def test_pieces_give_the_gradients_of_the_whole(condition, with_teacher, paper):
                     torch.testing.assert_close(other, g, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("condition", [None, *f2d2.CONDITIONS])
+def test_a_batch_of_one_image_trains_both_heads(condition):
+    """Its one row serves the tangent condition and the other one."""
+    flow = fix_weights(build(MODEL | {"paper": False}, "cpu"))
+    x1, x0, eps = noise(3, 1, 3, 8, 8)
+    batch = (x1 / 2, x0, *times(1), eps)
+
+    def objective(x1, x0, t, s, eps, diagonal=1.0):
+        draws = dict(x0=x0, t=t, s=s, probe=eps, diagonal=diagonal)
+        return f2d2_loss(flow, x1, condition, ExactGaussian().velocity, **draws)
+
+    losses = accumulate(objective, batch, 1, 1)
+    for name, expected in objective(*batch).items():
+        torch.testing.assert_close(losses[name], expected.detach())
+        assert (expected > 0) == (condition is not None or name in ("vm", "div"))
+
+
 @pytest.mark.parametrize("method", ["flow", "shortcut", "lsd"])
 @pytest.mark.parametrize("piece", [1, 3, 4])
 def test_micro_batches_end_with_the_weights_of_the_whole(
