@@ -941,6 +941,7 @@ from test_train_image import Small
 
 train_image.UNet = Small
 train_image.ORACLE_STEPS = 2
+train_image.ORACLE_RUNS = 2
 train_image.SAVE_SECONDS = 0
 out = Path(sys.argv[1])
 torch.optim.RAdam([torch.zeros(1)])  # the first optimizer imports much: once for all children
