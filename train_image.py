@@ -301,8 +301,8 @@ def named_splits(dataset, root):
 
 
 def load_data(dataset, root, size, colours=None, held_out=True):
-    """{"train": (uint8 [N, colours, H, H], names), "test": ...}. One colour if every image is grey
-    and no checkpoint wants three; held_out as in folder_splits."""
+    """{"train": (uint8 [N, colours, H, H], names), "test": ...}. One colour if all in a folder are
+    grey and no checkpoint wants three; held_out as in folder_splits."""
     named = dataset in SIZES
     splits = named_splits(dataset, root) if named else folder_splits(Path(dataset), size, held_out)
     coloured = named or any(i.ndim == 3 for images in splits for i in images.values())
