@@ -378,12 +378,12 @@ DELTA = 0.003  # floor of 1 - t: the noise in a grey level, 2/256 wide, has std 
 
 
 def sample_times(x, log_share=0.5, forward=False, generator=None):
-    """t, s [B] like x, uniform; forward: t <= s, the paper's for Shortcut and MeanFlow.
-
-    [ours] Both directions, because a likelihood runs from t = 1 to 0, and a share of pairs with
-    1 - t and 1 - s log-uniform in [0.001, 1], because most of an image's likelihood is there."""
+    """t, s [B] like x, uniform; forward: t <= s, the paper's for Shortcut and MeanFlow. [ours] Both
+    directions, because a likelihood runs from t = 1 to 0, and a share of pairs with 1 - t + DELTA
+    and 1 - s + DELTA log-uniform, because most of an image's likelihood is near the data."""
     r = torch.rand(3, len(x), device=x.device, dtype=x.dtype, generator=generator)
-    times = torch.where(r[2] < log_share, 1 - 0.001 ** r[:2], r[:2])
+    near_data = (1 - DELTA * ((1 + 1 / DELTA) ** r[:2] - 1)).clamp(0, 1)
+    times = torch.where(r[2] < log_share, near_data, r[:2])
     return tuple(times.sort(0).values if forward else times)
 
 

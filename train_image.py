@@ -115,7 +115,7 @@ option("--dropout", type=between(0.0, 0.9), help="probability; default the metho
 option("--steps", type=between(1), help="of training; default the method's")
 option("--warmup", type=between(0), help="first steps, that train u alone; default the method's")
 option("--batch-size", type=between(1), help="images a step, in all; default the method's")
-option("--micro-batch", type=between(1), help="about how many at a time in a process; default 128")
+option("--micro-batch", type=between(1), help="how many at a time in a process; default 128")
 option("--lr", type=between(1e-9, 1.0), help="learning rate; default the method's")
 option("--compile", action="store_true", help="torch.compile the loss")
 
@@ -228,8 +228,8 @@ def to_bytes(x):
 
 
 def read_image(path, size, crop=None):
-    """uint8 [H, H] of a grey image, [H, H, 3] of a coloured one, as a viewer shows it: turned, on
-    white where transparent; cropped to a square and resized. BadInput for pixels of 32 bits."""
+    """uint8 [H, H, 3] of an image as a viewer shows it: turned, on white where transparent; cropped
+    to a square and resized. BadInput for pixels of 32 bits."""
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -240,8 +240,7 @@ def read_image(path, size, crop=None):
     image = image.convert("RGB")
     if crop:
         image = torchvision.transforms.functional.center_crop(image, crop)
-    pixels = np.asarray(ImageOps.fit(image, (size, size), Image.BICUBIC))
-    return pixels if np.ptp(pixels, 2).any() else pixels[:, :, 0]
+    return np.asarray(ImageOps.fit(image, (size, size), Image.BICUBIC))
 
 
 def read_folder(folder, size):
@@ -305,17 +304,16 @@ def load_data(dataset, root, size, colours=None, held_out=True):
     grey and no checkpoint wants three; held_out as in folder_splits."""
     named = dataset in SIZES
     splits = named_splits(dataset, root) if named else folder_splits(Path(dataset), size, held_out)
-    coloured = named or any(i.ndim == 3 for images in splits for i in images.values())
+    coloured = named or any(np.ptp(i, 2).any() for images in splits for i in images.values())
     require(not coloured or colours != 1, f"{dataset} has colours, and the checkpoint knows grey.")
     colours = colours or (3 if coloured else 1)
     data = {}
     for split, images in zip(("train", "test"), splits):
         needed = held_out or split == "test"
         require(images or not needed, f"{dataset} holds no {split} images that can be read.")
-        array = np.zeros((len(images), size, size, colours), np.uint8)
-        for row, image in zip(array, images.values()):
-            row[:] = image.reshape(size, size, -1)
-        data[split] = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), list(images)
+        array = np.array(list(images.values()), np.uint8).reshape(-1, size, size, 3)
+        array = torch.from_numpy(array[..., :colours]).permute(0, 3, 1, 2)
+        data[split] = array.contiguous(), list(images)
     print(f"{len(data['train'][1])} train, {len(data['test'][1])} test images", flush=True)
     return data
 
@@ -382,16 +380,16 @@ def draw(data, args, step, rank, world):
 
 def accumulate(objective, batch, n, count):
     """Gradients and terms of the mean loss over the batch, in `count` pieces. The tangent condition
-    has the first n rows. A piece has some of both kinds; its terms count by its share of each."""
-    first = zip(*(a[:n].tensor_split(count) for a in batch))
-    rest = zip(*(a[n:].tensor_split(count) for a in batch))
+    has the first n rows. A piece is every count-th row; a term counts by its share of the rows."""
+    size = len(batch[0])
     totals = dict.fromkeys(("vm", "u", "div", "D"), 0.0)
-    for head, tail in zip(first, rest):
-        piece = [torch.cat(pair) for pair in zip(head, tail)]
-        losses = objective(*piece, diagonal=len(head[0]) / len(piece[0]))
-        share = len(head[0]) / n
-        share_rest = len(tail[0]) / (len(batch[0]) - n) if n < len(batch[0]) else 1.0
-        shares = {"vm": share, "div": share, "u": share_rest, "D": share_rest}
+    for i in range(count):
+        piece = [a[i::count] for a in batch]
+        first = len(range(i, n, count))
+        losses = objective(*piece, diagonal=first / len(piece[0]))
+        share = first / n
+        rest = (len(piece[0]) - first) / (size - n) if n < size else 1.0
+        shares = {"vm": share, "div": share, "u": rest, "D": rest}
         losses = {name: shares[name] * loss for name, loss in losses.items()}
         sum(losses.values()).backward()
         totals = {name: totals[name] + loss.detach() for name, loss in losses.items()}

@@ -814,13 +814,16 @@ def test_times_are_uniform_and_half_of_the_pairs_log_uniform_towards_the_data():
     assert abs((t < s).double().mean() - 0.5) < 0.02
     assert abs(t.mean() - 0.5) < 0.01 and abs(s.mean() - 0.5) < 0.01
     assert abs(torch.stack([t, s]).corrcoef()[0, 1]) < 0.03
-    t, s = f2d2.sample_times(x, 1.0)  # 1 - t log-uniform in [0.001, 1]: its median is 0.0316
-    assert (1 - t).median().log10().item() == pytest.approx(-1.5, abs=0.03)
-    assert (1 - s).median().log10().item() == pytest.approx(-1.5, abs=0.03)
-    assert 0.00099 < (1 - t).min() < 0.0011 and (1 - t).max() > 0.99
+    t, s = f2d2.sample_times(x, 1.0)
+    for time in (t, s):  # log-uniform: the logarithm of 1 - t + 0.003 is uniform on what it covers
+        share = (1 - time.double() + 0.003).log().sub(math.log(0.003)) / math.log(1.003 / 0.003)
+        assert torch.histc(share, 10, 0, 1).div(len(x)).sub(0.1).abs().max() < 0.01
+        assert 0 <= time.min() < 0.01 and 0.99999 < time.max() <= 1
+    assert abs(torch.stack([t, s]).corrcoef()[0, 1]) < 0.03
     t, s = f2d2.sample_times(x)  # both times of a pair or neither
-    late = (0.1 + 2 / 3) / 2
-    both_late = (0.01 + 4 / 9) / 2
+    log_share = math.log(0.103 / 0.003) / math.log(1.003 / 0.003)  # of them later than 0.9
+    late = (0.1 + log_share) / 2
+    both_late = (0.01 + log_share**2) / 2
     assert (t > 0.9).double().mean().item() == pytest.approx(late, abs=0.015)
     assert ((t > 0.9) & (s > 0.9)).double().mean().item() == pytest.approx(both_late, abs=0.015)
     t, s = f2d2.sample_times(x, forward=True)
