@@ -21,7 +21,7 @@ Conventions: a silent clash of these is the most repeated bug of this family.
 
 Arguments come in the order (x, t, s). A `flow` is any callable (x, t, s) -> (u, D) or (u,); for
 labels y sample with lambda x, t, s: flow(x, t, s, y). [ours] marks what is not in the paper, and
-paper=True, of JointFlowMap and of f2d2_loss, undoes it, but for `probe`, `robust` and `euler`.
+paper=True, of JointFlowMap and of f2d2_loss, undoes it; the other arguments stay as they are given.
 """
 
 import math
@@ -202,11 +202,11 @@ def f2d2_loss(
 
     |.|^2 is a mean over dimensions; D stands for D/d. The sign is the paper's; the project page and
     both published codes train +div and subtract it. v and div v are teacher(x, t)'s; without one
-    x_1 - x_0 in L_VM and u_target, u(x,t,t) in div v and d/dt. A flow -> (u,) leaves out "div" and
-    "D": the warm start of the paper is lambda *a: flow(*a)[:1]. x1 [B, ...] data. condition None:
+    x_1 - x_0 in L_VM and MeanFlow's u_target, u(x,t,t) elsewhere. "div" and "D" of a flow -> (u,)
+    are 0: the warm start of the paper is lambda *a: flow(*a)[:1]. x1 [B, ...] data. condition None:
     L_VM + L_div. context [B, ...], say labels: flow(x, t, s, context), teacher(x, t, context). x0,
     t, s: else drawn, by `generator`. robust [ours]: Huber's loss of D, for targets without noise.
-    paper: no natural weights, times uniform and, but for LSD, t <= s. Raises ValueError."""
+    paper: also the condition's; no weights, uniform times, but for LSD t <= s. Raises ValueError."""
     _check_loss(x1, condition, x0, t, s, context, diagonal, probe)
     if t is None:
         forward = paper and condition in ("semigroup", "eulerian")
@@ -330,7 +330,7 @@ def self_guidance(flow, x0, lr=0.005, iterations=1):
 @torch.no_grad()
 def ode_sample(velocity, x0, steps, euler=False):
     """x0 [B, ...] at t = 0 -> x1 [B, ...], the solution of dx/dt = v(x,t) at t = 1.
-    [ours] Midpoint rule (NFE = 2 steps) on a grid geometric in 1 - t, because div v grows like
+    [ours] Midpoint rule (NFE = 2 steps) on a grid geometric in 1.01 - t, because div v grows as
     1/(1-t); euler=True is the paper's Euler rule on a uniform grid (NFE = steps)."""
     return sample(_small_step(velocity, euler), x0, time_grid(steps, x0, not euler))[0]
 
@@ -339,7 +339,7 @@ def ode_sample(velocity, x0, steps, euler=False):
 def ode_log_likelihood(velocity, x1, steps, probe="exact", euler=False, generator=None):
     """x1 [B, ...] -> log p_1(x1) = log N(x_0; 0, I) - int_0^1 div v(x_t,t) dt, nats [B].
 
-    Rule and grid as in ode_sample, from t = 1 to t = 0; probe as in divergence, fresh each step."""
+    Rule and grid as in ode_sample, from t = 1 to t = 0; probe as in divergence, drawn anew each step."""
     times = time_grid(steps, x1, not euler)
     _check_probe(probe, x1)
     return log_likelihood(_small_step(velocity, euler, probe, generator), x1, times)
@@ -358,7 +358,7 @@ def _small_step(velocity, euler, probe=None, generator=None):
 
 
 def time_grid(steps, x, geometric=False):
-    """Times from 0 to 1 [steps + 1], like x: uniform, or [ours] geometric in 1 - t + 0.01. A tensor
+    """Times from 0 to 1 [steps + 1], like x: uniform, or [ours] geometric in 1.01 - t. A tensor
     of times is only sorted. Raises ValueError for anything else."""
     _check(x, finite=True)
     if isinstance(steps, torch.Tensor) and steps.dim() == 1:
@@ -374,7 +374,7 @@ def time_grid(steps, x, geometric=False):
 
 
 # --------------------------------------------------------------------------- [ours]
-DELTA = 0.003  # floor of 1 - t: the noise in a grey level, 2/256 wide, has std 0.0023
+DELTA = 0.003  # added to 1 - t: the noise in a grey level, 2/256 wide, has std 0.0023
 
 
 def sample_times(x, log_share=0.5, forward=False, generator=None):
@@ -388,7 +388,7 @@ def sample_times(x, log_share=0.5, forward=False, generator=None):
 
 
 def time_features(t, s, paper=False):
-    """t, s [B] -> [B, 10], smooth through s = t; [B, 8] in the paper, without the logs [ours]:
+    """t, s [B] -> [B, 10], smooth through s = t; [B, 8], without the logs [ours], if paper:
 
     t, s-t, sin and cos of (pi t, 2 pi t, pi (s-t)), 1 + ln(1-t + DELTA)/3, 1 + ln(1-s + DELTA)/3"""
     angles = math.pi * torch.stack([t, 2 * t, s - t], 1)

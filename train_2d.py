@@ -1,10 +1,10 @@
 """F2D2 in two dimensions: train, print the table, draw the figure. Minutes on a laptop.
 
 python train_2d.py                                 LSD-F2D2 on the checkerboard, teacher first
-python train_2d.py --method meanflow --no-teacher  any method, from data alone
+python train_2d.py --method meanflow --no-teacher  from data alone
 
-The same command prints the table of a finished run again. --paper is the paper's objective: uniform
-times (forward but for lsd), unweighted residuals, one Rademacher probe, mirrored likelihood. Its
+The same command prints the table of a finished run again. --paper is the paper's objective: nothing
+that f2d2.py marks [ours] but the oracle; forward times and mirrored likelihood, but for lsd. Its
 published runs: no Muon, no sines of x, an EMA, D weighs 50 times less, lsd teaches itself u and D.
 """
 
