@@ -206,7 +206,7 @@ def f2d2_loss(
     are 0: the warm start of the paper is lambda *a: flow(*a)[:1]. x1 [B, ...] data. condition None:
     L_VM + L_div. context [B, ...], say labels: flow(x, t, s, context), teacher(x, t, context). x0,
     t, s: else drawn, by `generator`. robust [ours]: Huber's loss of D, for targets without noise.
-    paper: also the condition's; no weights, uniform times, but for LSD t <= s. Raises ValueError."""
+    paper: the condition's, no weights, uniform times, t <= s but for LSD. Raises ValueError."""
     _check_loss(x1, condition, x0, t, s, context, diagonal, probe)
     if t is None:
         forward = paper and condition in ("semigroup", "eulerian")
@@ -339,7 +339,7 @@ def ode_sample(velocity, x0, steps, euler=False):
 def ode_log_likelihood(velocity, x1, steps, probe="exact", euler=False, generator=None):
     """x1 [B, ...] -> log p_1(x1) = log N(x_0; 0, I) - int_0^1 div v(x_t,t) dt, nats [B].
 
-    Rule and grid as in ode_sample, from t = 1 to t = 0; probe as in divergence, drawn anew each step."""
+    Rule and grid as in ode_sample, from t = 1 to 0; probe as in divergence, anew each step."""
     times = time_grid(steps, x1, not euler)
     _check_probe(probe, x1)
     return log_likelihood(_small_step(velocity, euler, probe, generator), x1, times)
