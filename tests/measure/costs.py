@@ -1,6 +1,6 @@
 """What a training step and a log p cost:
 
-python tests/measure/costs.py [options of train_image.py] [--compile]
+python tests/measure/costs.py [options]
 
 For every method and micro-batch: images a second, time of a step over a flow-matching step, peak
 memory of a step (CUDA) and the share of the device's peak that the counted FLOPs make (--peak, in
