@@ -9,18 +9,17 @@ torchrun --nproc-per-node 8 train_image.py ...                          the same
 """
 
 import argparse
+import codecs
 import copy
 import csv
 import fcntl
 import glob
 import hashlib
-import io
 import json
 import math
 import os
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +52,7 @@ TABLE = {                # the method's own code, but for what is marked [ours]
 RECIPES = {name: {k: TABLE[k][i] for k in TABLE} for i, name in enumerate(TABLE["method"])}
 
 SIZES = {"cifar10": 32, "imagenet64": 64, "celeba64": 64}
+CELEBA_BOX = (19, 39, 159, 179)  # the central 140 pixels
 SOURCES = "www.cs.toronto.edu/~kriz, image-net.org or mmlab.ie.cuhk.edu.hk/projects/CelebA"
 STEP_COUNTS = (8, 4, 2, 1)
 ORACLE_STEPS = 64  # of the midpoint rule: 128 NFE
@@ -63,8 +63,7 @@ SAVE_SECONDS = 15 * 60
 
 
 # --------------------------------------------------------------------------- the options
-class BadInput(argparse.ArgumentTypeError):
-    """One sentence for the user, what is wrong and what to type instead: exit code 2."""
+BadInput = argparse.ArgumentTypeError  # one sentence: what is wrong, what to type; exit code 2
 
 
 def require(right, sentence):
@@ -92,12 +91,19 @@ option("--dataset", help="cifar10 (the default), imagenet64, celeba64 or a folde
 option("--data", type=Path, default="data", help="where named data sets are or go; default data/")
 option("--teacher", metavar="CKPT", help="gives v and div v, and the oracle")
 option("--paper", action="store_true", help="the paper's objective and mirrored likelihood")
-option("--seed", type=between(0, 2**64 - 1), default=0, help="of training or --sample; default 0")
-option("--out", type=Path, help="default below runs/image/; a run that is there goes on")
+option(
+    "--seed",
+    type=between(0, 2**64 - 1),
+    default=0,
+    help="of training, of --sample; default 0 or CKPT's",
+)
+option("--out", type=Path, help="default below runs/image/ or beside CKPT; a run there goes on")
 option("--device", choices=DEVICES, default=DEVICES[0], help=f"default here {DEVICES[0]}")
 option("--eval", type=Path, metavar="CKPT", help="no training: log p of --dataset's test images")
 option("--sample", type=between(1), metavar="N", help="with --eval: N images and their log p")
-option("--oracle-images", type=between(1), default=64, help="with an oracle; default 64")
+option(
+    "--oracle-images", type=between(1), default=64, help="the oracle measures so many; default 64"
+)
 option("--guidance", type=between(1e-9, 10.0), help="with --eval: learning rate of self-guidance")
 option("--fid-network", type=Path, help="TorchScript, StyleGAN2-ADA's inception-2015-12-05.pt")
 
@@ -113,7 +119,7 @@ option("--channels", type=between(4), default=128, help="of the U-Net; default 1
 option("--blocks", type=between(1), default=4, help="residual blocks a level; default 4")
 option("--dropout", type=between(0.0, 0.9), help="probability; default the method's")
 option("--steps", type=between(1), help="of training; default the method's")
-option("--warmup", type=between(0), help="first steps, that train u alone; default the method's")
+option("--warmup", type=between(0), help="steps of u alone; default the method's, 0 with --init")
 option("--batch-size", type=between(1), help="images a step, in all; default the method's")
 option("--micro-batch", type=between(1), help="how many at a time in a process; default 128")
 option("--lr", type=between(1e-9, 1.0), help="learning rate; default the method's")
@@ -175,8 +181,6 @@ class UNet(nn.Module):
 
     def __init__(self, image_size=32, channels=128, blocks=4, dropout=0.0, colours=3, paper=False):
         super().__init__()
-        if image_size % 4:
-            raise ValueError(f"image_size {image_size} is no multiple of 4.")
         self.paper = paper
         width = 2 * channels
         times = nn.Linear(8 if paper else 10, width)
@@ -227,19 +231,15 @@ def to_bytes(x):
     return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
-def read_image(path, size, crop=None):
+def read_image(path, size, box=None):
     """uint8 [H, H, 3] of an image as a viewer shows it: turned, on white where transparent; cropped
-    to a square and resized. BadInput for pixels of 32 bits."""
-    image = ImageOps.exif_transpose(Image.open(path))
+    to the box and a square, and resized. BadInput for pixels of 32 bits."""
+    image = ImageOps.exif_transpose(Image.open(path)).crop(box)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     require(image.mode not in ("I", "F"), "pixels of 32 bits, whose white is not known")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    image = image.convert("RGB")
-    if crop:
-        image = torchvision.transforms.functional.center_crop(image, crop)
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return np.asarray(ImageOps.fit(image, (size, size), Image.BICUBIC))
 
 
@@ -263,20 +263,22 @@ def read_folder(folder, size):
 
 def folder_splits(root, size, held_out):
     """train and test {path: image}: the user's train/ with test/, val/ or valid/, in any case, or
-    a tenth, by name, as the test split. Not held_out, never trained on: test/ or all is test."""
+    about a tenth, by name, as the test split. Without held_out, for images that were not trained
+    on, test alone: the user's or all."""
     folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
     test = folders.get("test") or folders.get("val") or folders.get("valid")
     if not held_out:
-        return {}, read_folder(test or root, size)
+        return {"test": read_folder(test or root, size)}
     both = ("train" in folders) == bool(test)
     require(both, f"{root} has only one of train/ and test/ (or val/): make both, or neither.")
     if test:
-        return read_folder(folders["train"], size), read_folder(test, size)
-    print(f"a tenth of {root}, chosen by name, is held out as test images")
-    images = read_folder(root, size)
-    order = sorted(images, key=lambda path: hashlib.md5(os.fsencode(Path(path).name)).digest())
-    test = {path: images.pop(path) for path in sorted(order[: max(1, len(order) // 10)])}
-    return dict(sorted(images.items())), test
+        return {"train": read_folder(folders["train"], size), "test": read_folder(test, size)}
+    print(f"about a tenth of {root}, chosen by name, is held out as test images")
+    train = read_folder(root, size)
+    digests = {path: hashlib.md5(os.fsencode(Path(path).name)).digest() for path in train}
+    last = max(bytes([25]), min(digests.values(), default=b""))  # of 256
+    test = {path: train.pop(path) for path, digest in digests.items() if digest <= last}
+    return {"train": train, "test": test}
 
 
 def named_splits(dataset, root):
@@ -288,7 +290,7 @@ def named_splits(dataset, root):
         elif dataset == "celeba64":
             splits = [[], [], []]  # train, validation, test
             for name, part in np.loadtxt(root / "celeba/list_eval_partition.txt", str):
-                image = read_image(root / "celeba/img_align_celeba" / name, 64, crop=140)
+                image = read_image(root / "celeba/img_align_celeba" / name, 64, CELEBA_BOX)
                 splits[int(part)].append(image)
         else:  # one row an image, planes R, G, B; numpy refuses pickles
             files = [[f"train_data_batch_{i}.npz" for i in range(1, 11)], ["val_data.npz"]]
@@ -296,7 +298,7 @@ def named_splits(dataset, root):
             splits = [r.reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1) for r in rows]
     except Exception as error:  # whatever half a download may raise
         raise BadInput(f"{dataset} is not in {root} ({error}): see {SOURCES}.") from error
-    return dict(enumerate(splits[0])), dict(enumerate(splits[-1]))
+    return {"train": dict(enumerate(splits[0])), "test": dict(enumerate(splits[-1]))}
 
 
 def load_data(dataset, root, size, colours=None, held_out=True):
@@ -304,56 +306,53 @@ def load_data(dataset, root, size, colours=None, held_out=True):
     grey and no checkpoint wants three; held_out as in folder_splits."""
     named = dataset in SIZES
     splits = named_splits(dataset, root) if named else folder_splits(Path(dataset), size, held_out)
-    coloured = named or any(np.ptp(i, 2).any() for images in splits for i in images.values())
+    images = [image for split in splits.values() for image in split.values()]
+    coloured = named or any(np.ptp(image, 2).any() for image in images)
     require(not coloured or colours != 1, f"{dataset} has colours, and the checkpoint knows grey.")
     colours = colours or (3 if coloured else 1)
     data = {}
-    for split, images in zip(("train", "test"), splits):
-        needed = held_out or split == "test"
-        require(images or not needed, f"{dataset} holds no {split} images that can be read.")
-        array = np.array(list(images.values()), np.uint8).reshape(-1, size, size, 3)
-        array = torch.from_numpy(array[..., :colours]).permute(0, 3, 1, 2)
-        data[split] = array.contiguous(), list(images)
-    print(f"{len(data['train'][1])} train, {len(data['test'][1])} test images", flush=True)
+    for split, images in splits.items():
+        require(images, f"{dataset} holds no {split} images that can be read.")
+        array = torch.from_numpy(np.stack(list(images.values()))[..., :colours])
+        data[split] = array.permute(0, 3, 1, 2).contiguous(), list(images)
+    print(", ".join(f"{len(images)} {split}" for split, images in splits.items()), "images")
     return data
 
 
 # --------------------------------------------------------------------------- files
 def save(path, content):
     """Makes of content a file of path's kind, whole or not at all."""
-    file = io.BytesIO()
-    if path.suffix == ".pt":
-        torch.save(content, file)
-    elif path.suffix == ".png":  # uint8 [N, colours, H, H], eight in a row
-        torchvision.utils.save_image(content / 255, file, "png", padding=1)
-    elif path.suffix == ".csv":
-        text = io.StringIO()
-        csv.writer(text).writerows(content)
-        file.write(text.getvalue().encode(errors="surrogateescape"))
-    else:
-        finite = json.loads(json.dumps(content), parse_constant=lambda nan_or_infinity: None)
-        file.write(json.dumps(finite, indent=1).encode())
     part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(file.getbuffer())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with open(part, "wb") as file:
+        if path.suffix == ".pt":
+            torch.save(content, file)
+        elif path.suffix == ".png":  # uint8 [N, colours, H, H], eight in a row
+            torchvision.utils.save_image(content / 255, file, "png", padding=1)
+        elif path.suffix == ".csv":
+            csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape")).writerows(content)
+        else:
+            finite = json.loads(json.dumps(content), parse_constant=lambda nan_or_infinity: None)
+            file.write(json.dumps(finite, indent=1).encode())
+    part.replace(path)
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def load(path):
     """A checkpoint and its averaged "network", frozen, on the CPU; never executes anything."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        state["sha256"] = sha256(path)
         require(set(CONFIG) <= set(state["config"]), "its config is not whole")
         state["network"] = build(state["config"], "cpu").eval().requires_grad_(False)
-        for part in ("flow", "ema"):
+        for part in ("flow", "ema"):  # the average, loaded last, stays
             state["network"].load_state_dict(state[part])
             sound = [w.dtype == torch.float32 and w.isfinite().all() for w in state[part].values()]
             require(all(sound), "its weights are not finite numbers of 32 bits")
-        moments = state["optimizer"]["param_groups"][0]["params"]
-        require(type(state["step"]) is int and moments, "it has no step or no optimizer")
+        whole = type(state["step"]) is int and state["optimizer"]["param_groups"]
+        require(whole, "it has no step or no optimizer")
         return state
     except Exception as error:  # whatever may be in that file
         raise BadInput(f"{path} is no checkpoint of this script ({error!r:.99}).") from error
@@ -366,14 +365,16 @@ def draw(data, args, step, rank, world):
     seed, dropout_seed = np.random.SeedSequence([args.seed, step]).generate_state(2)
     torch.manual_seed(int(dropout_seed) + rank)
     g = torch.Generator(args.device).manual_seed(int(seed))
-    n = {"size": (args.batch_size,), "device": args.device, "generator": g}
-    images = data[torch.randint(len(data), **n).to(data.device)].to(args.device)
-    flip = torch.rand(**n)[:, None, None, None] < args.flip
+    size = {"size": (args.batch_size,), "device": args.device, "generator": g}
+    images = data[torch.randint(len(data), **size).to(data.device)].to(args.device)
+    flip = torch.rand(**size)[:, None, None, None] < args.flip
     x1 = f2d2.dequantize(torch.where(flip, images.flip(3), images), generator=g)
     x0 = torch.randn(x1.shape, device=args.device, generator=g)
     t, s = f2d2.sample_times(x1, 0.0 if args.paper else 0.5, args.paper and args.forward, g)
     if args.paper and args.method == "meanflow":  # 1 - t is logit-normal(-2, 2)
-        t, s = torch.sigmoid(2 + 2 * torch.stack([torch.randn(**n), torch.randn(**n)])).sort(0)[0]
+        t, s = torch.sigmoid(2 + 2 * torch.stack([torch.randn(**size), torch.randn(**size)])).sort(
+            0
+        )[0]
     eps = f2d2.hutchinson_probe(x1, "rademacher" if args.paper else "dct", g)
     return [a[rank::world] for a in (x1, x0, t, s, eps)]
 
@@ -443,13 +444,10 @@ def prepare(args, source):
 def train(args, source, velocity, images):
     """Trains to --steps, from where the run in --out is; saves by the clock and at the end."""
     flow, ema, optimizer, first = prepare(args, source)
-    size = sum(p.numel() for p in flow.parameters())
-    print(f"{size:,} parameters; {vars(args)}", flush=True)
+    print(f"{sum(p.numel() for p in flow.parameters()):,} parameters; {vars(args)}", flush=True)
     images = images.to(args.device) if images.numel() < 2**32 else images
     loss = torch.compile(f2d2.f2d2_loss) if args.compile else f2d2.f2d2_loss
-
-    def headless(x, t, s):
-        return flow(x, t, s)[:1]
+    headless = f2d2.JointFlowMap(flow.backbone, flow.feature_dim, divergence_head=False)
 
     def objective(x1, x0, t, s, eps, diagonal):
         f = flow if step > args.warmup else headless
@@ -475,7 +473,7 @@ def train(args, source, velocity, images):
             continue
         losses["grad"] = update(args, flow, ema, optimizer, step)
 
-        due = step == args.steps or time.time() - saved > SAVE_SECONDS
+        due = args.rank == 0 and (step == args.steps or time.time() - saved > SAVE_SECONDS)
         if due or step % max(1, min(100, args.steps // 50)) == 0:
             finite = torch.stack(list(losses.values())).isfinite().all()
             require(finite, f"the loss is not finite at step {step}: lower --lr, in another --out.")
@@ -487,9 +485,8 @@ def train(args, source, velocity, images):
             state = {"config": {k: vars(args)[k] for k in CONFIG}, "step": step}
             state |= {"flow": flow.state_dict(), "ema": ema.state_dict()}
             state["optimizer"] = optimizer.state_dict()
-            if args.rank == 0:
-                save(args.out / "latest.pt", state)
-                save(args.out / "progress.png", sheet(args, ema))
+            save(args.out / "latest.pt", state)
+            save(args.out / "progress.png", sheet(args, ema))
             saved = time.time()
         step += 1
 
@@ -631,9 +628,9 @@ def parse(argv):
     source = load(path) if path else teacher
     keys = CONFIG if typed.eval else SHAPE
     config = {k: source["config"][k] for k in keys if source}
-    if typed.eval and not teacher and os.path.isfile(config["teacher"] or ""):
-        found = load(config["teacher"])
-        teacher = found if found["sha256"] == config["teacher_sha256"] else None
+    if typed.eval and not (typed.sample or teacher) and os.path.isfile(config["teacher"] or ""):
+        same = sha256(config["teacher"]) == config["teacher_sha256"]
+        teacher = load(config["teacher"]) if same else None
 
     known = {"dataset": "cifar10", "colours": None} | RECIPES[config.get("method", typed.method)]
     args = PARSER.parse_args(argv, argparse.Namespace(**known | config))  # the typed wins
@@ -649,7 +646,7 @@ def parse(argv):
         args.dataset = str(Path(args.dataset).resolve())
     args.held_out = not args.eval or args.dataset in (*SIZES, config["dataset"])
     name = "samples" if args.sample else Path(args.dataset).name
-    default = Path("runs/image") / f"{name}-{args.method}-{args.seed}"
+    default = Path("runs/image", f"{name}-{args.method}-{args.seed}")
     if args.eval:
         default = args.eval.parent / f"eval-{name}-{source['step']}"
     args.out = args.out or default
@@ -660,17 +657,21 @@ def check(args, source, teacher):
     """Refuses what cannot work, before anything is written."""
     started = args.world == 1 or ("RANK" in os.environ and not args.eval)
     require(started, "WORLD_SIZE is set: train with torchrun, evaluate without it, or unset it.")
-    folder = args.dataset in SIZES or args.sample or Path(args.dataset).is_dir()
-    require(folder, f"{args.dataset} is no folder: name one, or {', '.join(SIZES)}.")
-    size = args.image_size
-    side = SIZES.get(args.dataset, size)
-    require(side == size, f"{args.dataset} has --image-size {side}, not {size}.")
-    require(size % 4 == 0, "--image-size must be a multiple of 4.")
+    folder = args.dataset not in SIZES and not args.sample
+    found = not folder or Path(args.dataset).is_dir()
+    require(found, f"{args.dataset} is no folder: name one, or {', '.join(SIZES)}.")
+    inside = folder and args.out.resolve().is_relative_to(args.dataset)
+    require(not inside, f"{args.out} is inside --dataset and would be read: name another --out.")
+    side = SIZES.get(args.dataset, args.image_size)
+    require(
+        side == args.image_size, f"{args.dataset} has --image-size {side}, not {args.image_size}."
+    )
+    require(side % 4 == 0, "--image-size must be a multiple of 4.")
     share, rest = divmod(args.batch_size, args.world)
     require(not rest, f"--batch-size {args.batch_size} is no multiple of {args.world} processes.")
     require(args.micro_batch <= share, f"--micro-batch is at most a process's share, {share}.")
     require(args.head or not (args.sample or args.guidance), "--sample and --guidance need a head.")
-    network = not args.fid_network or zipfile.is_zipfile(args.fid_network)
+    network = not args.fid_network or b"/code/" in args.fid_network.read_bytes()
     require(network, f"{args.fid_network} is no TorchScript network.")
     require(args.held_out or not args.fid_network, "--fid-network needs the training data set.")
     done = args.eval and (args.out / "metrics.json").exists()
@@ -691,11 +692,12 @@ def run(args, source, teacher):
     """Trains, but for --eval, and evaluates or samples."""
     velocity = teacher and teacher["network"].to(args.device).velocity
     if not args.sample:
-        if args.rank > 0:
-            distributed.barrier()  # the first process downloads
+        turns = args.world > 1 and args.dataset == "cifar10"  # the first process downloads
+        if turns and args.rank > 0:
+            distributed.barrier()
         data = load_data(args.dataset, args.data, args.image_size, args.colours, args.held_out)
         args.colours = data["test"][0].shape[1]
-        if args.rank == 0 and args.world > 1:
+        if turns and args.rank == 0:
             distributed.barrier()
     if not args.eval:
         train(args, source, velocity, data["train"][0])
