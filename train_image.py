@@ -420,7 +420,7 @@ def update(args, flow, ema, optimizer, step):
 
 
 def prepare(args, source):
-    """Network, average, optimizer, step: as the run in --out left them, or as `source` has them."""
+    """Network, average, optimizer, step: of --out's run, else of `source`; settles args.warmup."""
     path = args.out / "latest.pt"
     state = load(path) if path.exists() else None
     if args.warmup is None:
@@ -633,7 +633,8 @@ def parse(argv):
         teacher = load(config["teacher"]) if same else None
 
     known = {"dataset": "cifar10", "colours": None} | RECIPES[config.get("method", typed.method)]
-    args = PARSER.parse_args(argv, argparse.Namespace(**known | config))  # the typed wins
+    # argparse sets its defaults only where the namespace has nothing yet; what is typed wins.
+    args = PARSER.parse_args(argv, argparse.Namespace(**known | config))
     args.teacher = teacher and args.teacher
     args.teacher_sha256 = teacher and teacher["sha256"]
     args.source_sha256 = source and source["sha256"]
@@ -642,8 +643,7 @@ def parse(argv):
     args.rank = int(os.environ.get("RANK", 0))
     args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.micro_batch = args.micro_batch or min(128, args.batch_size // args.world)
-    if args.dataset not in SIZES:
-        args.dataset = str(Path(args.dataset).resolve())
+    args.dataset = args.dataset if args.dataset in SIZES else str(Path(args.dataset).resolve())
     args.held_out = not args.eval or args.dataset in (*SIZES, config["dataset"])
     name = "samples" if args.sample else Path(args.dataset).name
     default = Path("runs/image", f"{name}-{args.method}-{args.seed}")

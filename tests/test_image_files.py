@@ -295,8 +295,9 @@ def test_a_run_among_its_own_images_is_refused(tmp_path, photos, monkeypatch, ca
     folder = shutil.copytree(photos, tmp_path / "photos")
     monkeypatch.chdir(folder)
     before = files_in(folder)
-    assert "--out" in refused(capsys, *TINY, "--dataset", ".", "--out", out)
-    assert "--out" in refused(capsys, *TINY, "--dataset", folder, "--out", folder / out)
+    for root in (".", folder):
+        options = [*TINY, "--dataset", root, "--out", folder / out, "--steps", 1]
+        assert "--out" in refused(capsys, *options)
     assert files_in(folder) == before
 
 
