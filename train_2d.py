@@ -4,7 +4,7 @@ python train_2d.py                                 LSD-F2D2 on the checkerboard,
 python train_2d.py --method meanflow --no-teacher  from data alone
 
 The same command prints the table of a finished run again. --paper is the paper's objective: nothing
-marked [ours] but the oracle; uniform times, one Rademacher probe; forward, mirrored but for lsd. Its
+marked [ours] but the oracle; uniform times, a Rademacher probe; forward, mirrored but for lsd. Its
 published runs: no Muon, no sines of x, an EMA, D weighs 50 times less, lsd teaches itself u and D.
 """
 
