@@ -635,7 +635,7 @@ def parse(argv):
     known = {"dataset": "cifar10", "colours": None} | RECIPES[config.get("method", typed.method)]
     # argparse sets its defaults only where the namespace has nothing yet; what is typed wins.
     args = PARSER.parse_args(argv, argparse.Namespace(**known | config))
-    args.teacher = teacher and args.teacher
+    args.teacher = teacher and str(Path(args.teacher).resolve())
     args.teacher_sha256 = teacher and teacher["sha256"]
     args.source_sha256 = source and source["sha256"]
     args.image_size = args.image_size or SIZES.get(args.dataset, 32)

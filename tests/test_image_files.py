@@ -597,9 +597,11 @@ def test_an_image_s_figure_does_not_hang_on_those_after_it(student, tmp_path):
         assert [float(v) for v in row[1:5]] == pytest.approx([float(v) for v in other[1:5]])
 
 
-def test_a_teacher_is_found_again_by_path_and_content(trained, photos, tmp_path):
+def test_a_teacher_is_found_again_by_path_and_content(trained, photos, tmp_path, monkeypatch):
     teacher = shutil.copytree(trained / "teacher", tmp_path / "teacher") / "latest.pt"
-    run(tmp_path / "student", photos, "--method", "lsd", "--teacher", teacher)
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)  # and from anywhere else
+        run(tmp_path / "student", photos, "--method", "lsd", "--teacher", "teacher/latest.pt")
     path = tmp_path / "student/latest.pt"
     state = teacher.read_bytes()
     found = {}
