@@ -181,6 +181,8 @@ class UNet(nn.Module):
 
     def __init__(self, image_size=32, channels=128, blocks=4, dropout=0.0, colours=3, paper=False):
         super().__init__()
+        if image_size % 4:
+            raise ValueError(f"image_size {image_size} is no multiple of 4.")
         self.paper = paper
         width = 2 * channels
         times = nn.Linear(8 if paper else 10, width)
@@ -263,8 +265,7 @@ def read_folder(folder, size):
 
 def folder_splits(root, size, held_out):
     """train and test {path: image}: the user's train/ with test/, val/ or valid/, in any case, or
-    about a tenth, by name, as the test split. Without held_out, for images that were not trained
-    on, test alone: the user's or all."""
+    about a tenth, by name, as the test split; without held_out test alone, the user's or all."""
     folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
     test = folders.get("test") or folders.get("val") or folders.get("valid")
     if not held_out:
@@ -276,7 +277,7 @@ def folder_splits(root, size, held_out):
     print(f"about a tenth of {root}, chosen by name, is held out as test images")
     train = read_folder(root, size)
     digests = {path: hashlib.md5(os.fsencode(Path(path).name)).digest() for path in train}
-    last = max(bytes([25]), min(digests.values(), default=b""))  # of 256
+    last = max(bytes([25]), min(digests.values(), default=b""))  # 25 of 256
     test = {path: train.pop(path) for path, digest in digests.items() if digest <= last}
     return {"train": train, "test": test}
 
@@ -306,8 +307,7 @@ def load_data(dataset, root, size, colours=None, held_out=True):
     grey and no checkpoint wants three; held_out as in folder_splits."""
     named = dataset in SIZES
     splits = named_splits(dataset, root) if named else folder_splits(Path(dataset), size, held_out)
-    images = [image for split in splits.values() for image in split.values()]
-    coloured = named or any(np.ptp(image, 2).any() for image in images)
+    coloured = named or any(np.ptp(i, 2).any() for part in splits.values() for i in part.values())
     require(not coloured or colours != 1, f"{dataset} has colours, and the checkpoint knows grey.")
     colours = colours or (3 if coloured else 1)
     data = {}
@@ -315,7 +315,7 @@ def load_data(dataset, root, size, colours=None, held_out=True):
         require(images, f"{dataset} holds no {split} images that can be read.")
         array = torch.from_numpy(np.stack(list(images.values()))[..., :colours])
         data[split] = array.permute(0, 3, 1, 2).contiguous(), list(images)
-    print(", ".join(f"{len(images)} {split}" for split, images in splits.items()), "images")
+    print(", ".join(f"{len(i)} {split}" for split, i in splits.items()), "images", flush=True)
     return data
 
 
@@ -323,17 +323,22 @@ def load_data(dataset, root, size, colours=None, held_out=True):
 def save(path, content):
     """Makes of content a file of path's kind, whole or not at all."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        if path.suffix == ".pt":
-            torch.save(content, file)
-        elif path.suffix == ".png":  # uint8 [N, colours, H, H], eight in a row
-            torchvision.utils.save_image(content / 255, file, "png", padding=1)
-        elif path.suffix == ".csv":
-            csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape")).writerows(content)
-        else:
-            finite = json.loads(json.dumps(content), parse_constant=lambda nan_or_infinity: None)
-            file.write(json.dumps(finite, indent=1).encode())
-    part.replace(path)
+    try:
+        with open(part, "wb") as file:
+            if path.suffix == ".pt":
+                torch.save(content, file)
+            elif path.suffix == ".png":  # uint8 [N, colours, H, H], eight in a row
+                torchvision.utils.save_image(content / 255, file, "png", padding=1)
+            elif path.suffix == ".csv":
+                csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape")).writerows(content)
+            else:
+                finite = json.loads(
+                    json.dumps(content), parse_constant=lambda nan_or_infinity: None
+                )
+                file.write(json.dumps(finite, indent=1).encode())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def sha256(path):
@@ -351,7 +356,7 @@ def load(path):
             state["network"].load_state_dict(state[part])
             sound = [w.dtype == torch.float32 and w.isfinite().all() for w in state[part].values()]
             require(all(sound), "its weights are not finite numbers of 32 bits")
-        whole = type(state["step"]) is int and state["optimizer"]["param_groups"]
+        whole = type(state["step"]) is int and state["optimizer"]["param_groups"][0]["params"]
         require(whole, "it has no step or no optimizer")
         return state
     except Exception as error:  # whatever may be in that file
@@ -372,9 +377,8 @@ def draw(data, args, step, rank, world):
     x0 = torch.randn(x1.shape, device=args.device, generator=g)
     t, s = f2d2.sample_times(x1, 0.0 if args.paper else 0.5, args.paper and args.forward, g)
     if args.paper and args.method == "meanflow":  # 1 - t is logit-normal(-2, 2)
-        t, s = torch.sigmoid(2 + 2 * torch.stack([torch.randn(**size), torch.randn(**size)])).sort(
-            0
-        )[0]
+        logits = torch.stack([torch.randn(**size), torch.randn(**size)])
+        t, s = torch.sigmoid(2 + 2 * logits).sort(0)[0]
     eps = f2d2.hutchinson_probe(x1, "rademacher" if args.paper else "dct", g)
     return [a[rank::world] for a in (x1, x0, t, s, eps)]
 
@@ -382,14 +386,13 @@ def draw(data, args, step, rank, world):
 def accumulate(objective, batch, n, count):
     """Gradients and terms of the mean loss over the batch, in `count` pieces. The tangent condition
     has the first n rows. A piece is every count-th row; a term counts by its share of the rows."""
-    size = len(batch[0])
     totals = dict.fromkeys(("vm", "u", "div", "D"), 0.0)
     for i in range(count):
         piece = [a[i::count] for a in batch]
         first = len(range(i, n, count))
         losses = objective(*piece, diagonal=first / len(piece[0]))
         share = first / n
-        rest = (len(piece[0]) - first) / (size - n) if n < size else 1.0
+        rest = (len(piece[0]) - first) / (len(batch[0]) - n) if n < len(batch[0]) else 1.0
         shares = {"vm": share, "div": share, "u": rest, "D": rest}
         losses = {name: shares[name] * loss for name, loss in losses.items()}
         sum(losses.values()).backward()
@@ -646,9 +649,8 @@ def parse(argv):
     args.dataset = args.dataset if args.dataset in SIZES else str(Path(args.dataset).resolve())
     args.held_out = not args.eval or args.dataset in (*SIZES, config["dataset"])
     name = "samples" if args.sample else Path(args.dataset).name
-    default = Path("runs/image", f"{name}-{args.method}-{args.seed}")
-    if args.eval:
-        default = args.eval.parent / f"eval-{name}-{source['step']}"
+    trained = Path("runs/image", f"{name}-{args.method}-{args.seed}")
+    default = args.eval.parent / f"eval-{name}-{source['step']}" if args.eval else trained
     args.out = args.out or default
     return args, source, teacher
 
@@ -663,9 +665,7 @@ def check(args, source, teacher):
     inside = folder and args.out.resolve().is_relative_to(args.dataset)
     require(not inside, f"{args.out} is inside --dataset and would be read: name another --out.")
     side = SIZES.get(args.dataset, args.image_size)
-    require(
-        side == args.image_size, f"{args.dataset} has --image-size {side}, not {args.image_size}."
-    )
+    require(side == args.image_size, f"--image-size {args.image_size}: {args.dataset} has {side}.")
     require(side % 4 == 0, "--image-size must be a multiple of 4.")
     share, rest = divmod(args.batch_size, args.world)
     require(not rest, f"--batch-size {args.batch_size} is no multiple of {args.world} processes.")

@@ -199,6 +199,8 @@ def test_the_default_unet_has_50_to_60_million_parameters_and_a_small_head():
     head = sum(p.numel() for p in flow.head.parameters())
     assert u.shape == x.shape and D.shape == t.shape
     assert 50e6 < size < 60e6 and head < 0.02 * size
+    with pytest.raises(ValueError, match="multiple of 4"):
+        UNet(image_size=30)
 
 
 def test_the_unet_takes_the_colours_of_the_data():
@@ -1142,6 +1144,7 @@ def test_a_full_disk_leaves_the_state_before_it(tmp_path, photos, monkeypatch, c
     message = refused(capsys, *TINY, *options, "--steps", 4)
     assert "No space left" in message
     assert (path.read_bytes() if path.exists() else None) == saved
+    assert not list(path.parent.glob("*.part"))
     if before:
         monkeypatch.undo()
         monkeypatch.setattr(train_image, "UNet", Small)
