@@ -368,7 +368,7 @@ def time_grid(steps, x, geometric=False):
             _require(whole, "a tensor of times must go from 0 to 1, or from 1 to 0.")
         return times
     number = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
-    _require(number, f"steps must be a whole number from 1 or a tensor of times, not {steps}.")
+    _require(number, f"steps must be a whole number from 1 or a tensor of times, not {steps!r}.")
     times = torch.linspace(0, 1, steps + 1, device=x.device, dtype=x.dtype)
     return (1 - 0.01 * (101 ** (1 - times) - 1)).clamp(0, 1) if geometric else times
 

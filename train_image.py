@@ -91,19 +91,12 @@ option("--dataset", help="cifar10 (the default), imagenet64, celeba64 or a folde
 option("--data", type=Path, default="data", help="where named data sets are or go; default data/")
 option("--teacher", metavar="CKPT", help="gives v and div v, and the oracle")
 option("--paper", action="store_true", help="the paper's objective and mirrored likelihood")
-option(
-    "--seed",
-    type=between(0, 2**64 - 1),
-    default=0,
-    help="of training, of --sample; default 0 or CKPT's",
-)
+option("--seed", type=between(0, 2**64 - 1), default=0, help="of training, of --sample; default 0")
 option("--out", type=Path, help="default below runs/image/ or beside CKPT; a run there goes on")
 option("--device", choices=DEVICES, default=DEVICES[0], help=f"default here {DEVICES[0]}")
 option("--eval", type=Path, metavar="CKPT", help="no training: log p of --dataset's test images")
 option("--sample", type=between(1), metavar="N", help="with --eval: N images and their log p")
-option(
-    "--oracle-images", type=between(1), default=64, help="the oracle measures so many; default 64"
-)
+option("--oracle-images", type=between(1), default=64, help="that the oracle measures; default 64")
 option("--guidance", type=between(1e-9, 10.0), help="with --eval: learning rate of self-guidance")
 option("--fid-network", type=Path, help="TorchScript, StyleGAN2-ADA's inception-2015-12-05.pt")
 
@@ -332,9 +325,7 @@ def save(path, content):
             elif path.suffix == ".csv":
                 csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape")).writerows(content)
             else:
-                finite = json.loads(
-                    json.dumps(content), parse_constant=lambda nan_or_infinity: None
-                )
+                finite = json.loads(json.dumps(content), parse_constant=lambda nan: None)
                 file.write(json.dumps(finite, indent=1).encode())
         part.replace(path)
     finally:
