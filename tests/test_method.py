@@ -149,7 +149,8 @@ def test_mirrored_likelihood_reproduces_the_known_bias():
 
 # ------------------------------------------------------------------------------- frozen numbers
 # Losses and the norm of the gradient as the first version of this code (three separate conditions,
-# written for u and D apart) had them, for weights and inputs that need no random number.
+# written for u and D apart) had them, for weights and inputs that need no random number; but for
+# LSD's L_u with a teacher, which has another weight here, and the gradient with it.
 # fmt: off
 FROZEN = [  # condition, teacher: vm, u, div, D, |gradient|
     (None,         False, 1.7108207425, 0.0000000000, 1.1644273788, 0.0000000000, 3.7417798590),
