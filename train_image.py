@@ -91,7 +91,7 @@ option("--dataset", help="cifar10 (the default), imagenet64, celeba64 or a folde
 option("--data", type=Path, default="data", help="where named data sets are or go; default data/")
 option("--teacher", metavar="CKPT", help="gives v and div v, and the oracle")
 option("--paper", action="store_true", help="the paper's objective and mirrored likelihood")
-option("--seed", type=between(0, 2**64 - 1), default=0, help="of training, of --sample; default 0")
+option("--seed", type=between(0, 2**64 - 1), default=0, help="default 0, with --eval CKPT's")
 option("--out", type=Path, help="default below runs/image/ or beside CKPT; a run there goes on")
 option("--device", choices=DEVICES, default=DEVICES[0], help=f"default here {DEVICES[0]}")
 option("--eval", type=Path, metavar="CKPT", help="no training: log p of --dataset's test images")
