@@ -424,7 +424,7 @@ def _weights(part, t, s, teacher, paper):
     if part == "eulerian":
         return near_t / scale if teacher else 1.0, near_t * scale
     if part == "lagrangian":
-        return near_s / scale if teacher else 1.0, near_s**2
+        return (near_s / scale) ** 0.5 if teacher else 1.0, near_s**2  # the root: measured
     return 1.0, scale**2
 
 
