@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageOps
 from torch import distributed, nn
+from torchvision import datasets, utils
 
 import f2d2
 
@@ -279,8 +279,7 @@ def named_splits(dataset, root):
     """train and test {index: image [H, H, 3]} of a published data set."""
     try:
         if dataset == "cifar10":
-            cifar10 = torchvision.datasets.CIFAR10
-            splits = [cifar10(root, train, download=True).data for train in (True, False)]
+            splits = [datasets.CIFAR10(root, train, download=True).data for train in (True, False)]
         elif dataset == "celeba64":
             splits = [[], [], []]  # train, validation, test
             for name, part in np.loadtxt(root / "celeba/list_eval_partition.txt", str):
@@ -321,7 +320,7 @@ def save(path, content):
             if path.suffix == ".pt":
                 torch.save(content, file)
             elif path.suffix == ".png":  # uint8 [N, colours, H, H], eight in a row
-                torchvision.utils.save_image(content / 255, file, "png", padding=1)
+                utils.save_image(content / 255, file, "png", padding=1)
             elif path.suffix == ".csv":
                 csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape")).writerows(content)
             else:
