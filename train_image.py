@@ -85,7 +85,7 @@ def between(low, high=math.inf):
 DEVICES = [d for d in ("cuda", "mps", "cpu") if torch.get_device_module(d).is_available()]
 
 # Options of an evaluation too. What is not typed is the checkpoint's, the method's or the default.
-EVALUATION = argparse.ArgumentParser("train_image.py", usage=argparse.SUPPRESS, add_help=False)
+EVALUATION = argparse.ArgumentParser(add_help=False)
 option = EVALUATION.add_argument
 option("--dataset", help="cifar10 (the default), imagenet64, celeba64 or a folder of images")
 option("--data", type=Path, default="data", help="where named data sets are or go; default data/")
@@ -100,9 +100,8 @@ option("--oracle-images", type=between(1), default=64, help="that the oracle mea
 option("--guidance", type=between(1e-9, 10.0), help="with --eval: learning rate of self-guidance")
 option("--fid-network", type=Path, help="TorchScript, StyleGAN2-ADA's inception-2015-12-05.pt")
 
-PARSER = argparse.ArgumentParser(EVALUATION.prog, parents=[EVALUATION], usage=argparse.SUPPRESS)
+PARSER = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, parents=[EVALUATION])
 PARSER.formatter_class = argparse.RawDescriptionHelpFormatter
-PARSER.description = __doc__
 option = PARSER.add_argument
 option("--method", choices=RECIPES, default="meanflow", help="default meanflow; flow: a teacher")
 option("--no-divergence", dest="head", action="store_false", help="sampling only, without a head")
