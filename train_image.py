@@ -183,17 +183,16 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         skips = [channels]
+        attend = [image_size >> level == 16 for level in (0, 1, 2)]
         for level in (0, 1, 2):
-            attend = image_size >> level == 16
             for resize in [nn.AvgPool2d(2)] * (level > 0) + [None] * blocks:
-                self.down.append(Block(skips[-1], width, width, dropout, attend, resize))
+                self.down.append(Block(skips[-1], width, width, dropout, attend[level], resize))
                 skips.append(width)
         self.middle = nn.ModuleList([Block(width, width, width, dropout, a) for a in (True, False)])
         for level in (2, 1, 0):
-            attend = image_size >> level == 16
             for resize in [nn.Upsample(scale_factor=2)] * (level < 2) + [None] * (blocks + 1):
                 c_in = width if resize else width + skips.pop()
-                self.up.append(Block(c_in, width, width, dropout, attend, resize))
+                self.up.append(Block(c_in, width, width, dropout, attend[level], resize))
         self.norm = nn.Sequential(GroupNorm(width), nn.SiLU())
         self.out = nn.Conv2d(width, colours, 3, padding=1)
         self.feature_dim = 3 * width
