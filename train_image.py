@@ -389,7 +389,7 @@ def accumulate(objective, batch, n, count):
 
 
 @torch.no_grad()
-def update(args, flow, ema, optimizer, step):
+def update(args, step, flow, ema, optimizer):
     """One step of optimizer and average from the gradients of all processes, whose norm returns."""
     # Learning rate: up for a twentieth or 10,000 steps; lsd's falls; [ours] to 0 at the end.
     ramp = step / max(1, min(10_000, args.steps // 20))
@@ -411,7 +411,7 @@ def update(args, flow, ema, optimizer, step):
 
 
 def prepare(args, source):
-    """Network, average, optimizer, step: of --out's run, else of `source`; settles args.warmup."""
+    """What to train, and its step: of --out's run, else of `source`; settles args.warmup."""
     path = args.out / "latest.pt"
     state = load(path) if path.exists() else None
     if args.warmup is None:
@@ -421,20 +421,20 @@ def prepare(args, source):
     flow = build(vars(args), args.device)
     if source:
         flow.load_state_dict(source["ema"], strict=False)  # it may have no head
-    ema = copy.deepcopy(flow).eval().requires_grad_(False)
-    optimizer = getattr(torch.optim, args.optimizer)(flow.parameters(), args.lr)
+    parts = {"flow": flow, "ema": copy.deepcopy(flow).eval().requires_grad_(False)}
+    parts["optimizer"] = getattr(torch.optim, args.optimizer)(flow.parameters(), args.lr)
     if state:
         other = [k for k in CONFIG if state["config"][k] != vars(args)[k] and k != "teacher"]
         require(not other, f"{args.out} holds a run of other {', '.join(other)}: change --out.")
-        flow.load_state_dict(state["flow"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-    return flow, ema, optimizer, state["step"] if state else 0
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    return parts, state["step"] if state else 0
 
 
 def train(args, source, velocity, images):
     """Trains to --steps, from where the run in --out is; saves by the clock and at the end."""
-    flow, ema, optimizer, first = prepare(args, source)
+    parts, first = prepare(args, source)
+    flow = parts["flow"]
     print(f"{sum(p.numel() for p in flow.parameters()):,} parameters; {vars(args)}", flush=True)
     images = images.to(args.device) if images.numel() < 2**32 else images
     loss = torch.compile(f2d2.f2d2_loss) if args.compile else f2d2.f2d2_loss
@@ -453,7 +453,7 @@ def train(args, source, velocity, images):
     began = saved = time.time()
     step = first + 1
     while step <= args.steps:
-        optimizer.zero_grad()
+        flow.zero_grad()
         try:
             batch = draw(images, args, step, args.rank, args.world)
             losses = accumulate(objective, batch, n, pieces)
@@ -462,7 +462,7 @@ def train(args, source, velocity, images):
             pieces = min(2 * pieces, most)
             print(f"out of memory: {math.ceil(share / pieces)} images at a time from here on")
             continue
-        losses["grad"] = update(args, flow, ema, optimizer, step)
+        losses["grad"] = update(args, step, **parts)
 
         due = args.rank == 0 and (step == args.steps or time.time() - saved > SAVE_SECONDS)
         if due or step % max(1, min(100, args.steps // 50)) == 0:
@@ -474,10 +474,9 @@ def train(args, source, velocity, images):
             print(f"{line}, {(args.steps - step) / speed:.0f} s left", flush=True)
         if due:
             state = {"config": {k: vars(args)[k] for k in CONFIG}, "step": step}
-            state |= {"flow": flow.state_dict(), "ema": ema.state_dict()}
-            state["optimizer"] = optimizer.state_dict()
+            state |= {name: part.state_dict() for name, part in parts.items()}
             save(args.out / "latest.pt", state)
-            save(args.out / "progress.png", sheet(args, ema))
+            save(args.out / "progress.png", sheet(args, parts["ema"]))
             saved = time.time()
         step += 1
 
