@@ -225,8 +225,7 @@ def to_bytes(x):
 
 
 def read_image(path, size, box=None):
-    """uint8 [H, H, 3] of an image as a viewer shows it: turned, on white where transparent; cropped
-    to the box and a square, and resized. BadInput for pixels of 32 bits."""
+    """uint8 [H, H, 3]: turned as a viewer does, on white, cropped to box and square, resized."""
     image = ImageOps.exif_transpose(Image.open(path)).crop(box)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -379,9 +378,8 @@ def accumulate(objective, batch, n, count):
         piece = [a[i::count] for a in batch]
         first = len(range(i, n, count))
         losses = objective(*piece, diagonal=first / len(piece[0]))
-        share = first / n
         rest = (len(piece[0]) - first) / (len(batch[0]) - n) if n < len(batch[0]) else 1.0
-        shares = {"vm": share, "div": share, "u": rest, "D": rest}
+        shares = {"vm": first / n, "div": first / n, "u": rest, "D": rest}
         losses = {name: shares[name] * loss for name, loss in losses.items()}
         sum(losses.values()).backward()
         totals = {name: totals[name] + loss.detach() for name, loss in losses.items()}
@@ -403,8 +401,7 @@ def update(args, step, flow, ema, optimizer):
         nn.utils.vector_to_parameters(mean, gradients)
     norm = nn.utils.clip_grad_norm_(flow.parameters(), args.clip)
     optimizer.step()
-    # The average's half-life: args.half_life images, or a twentieth of those seen if that is less.
-    half_life = min(args.half_life, 0.05 * step * args.batch_size)
+    half_life = min(args.half_life, 0.05 * step * args.batch_size)  # in images
     new = 1 - 0.5 ** (args.batch_size / half_life)
     torch._foreach_lerp_(list(ema.parameters()), list(flow.parameters()), new)
     return norm
