@@ -643,11 +643,10 @@ def check(args, source, teacher):
     """Refuses what cannot work, before anything is written."""
     started = args.world == 1 or ("RANK" in os.environ and not args.eval)
     require(started, "WORLD_SIZE is set: train with torchrun, evaluate without it, or unset it.")
-    folder = args.dataset not in SIZES and not args.sample
-    found = not folder or Path(args.dataset).is_dir()
-    require(found, f"{args.dataset} is no folder: name one, or {', '.join(SIZES)}.")
-    inside = folder and args.out.resolve().is_relative_to(args.dataset)
-    require(not inside, f"{args.out} is inside --dataset and would be read: name another --out.")
+    if args.dataset not in SIZES and not args.sample:
+        require(Path(args.dataset).is_dir(), f"{args.dataset} is no folder nor {', '.join(SIZES)}.")
+        inside = args.out.resolve().is_relative_to(args.dataset)
+        require(not inside, f"{args.out} is inside --dataset, to be read: name another --out.")
     side = SIZES.get(args.dataset, args.image_size)
     require(side == args.image_size, f"--image-size {args.image_size}: {args.dataset} has {side}.")
     require(side % 4 == 0, "--image-size must be a multiple of 4.")
@@ -664,10 +663,9 @@ def check(args, source, teacher):
     require(not other, f"{args.teacher} has other {', '.join(other)}.")
     if args.eval:
         return
-    taught = args.teacher or args.method != "shortcut-distill"
-    require(taught, "shortcut-distill needs --teacher CKPT, a latest.pt of --method flow.")
-    alone = not args.teacher or args.method not in ("flow", "shortcut")
-    require(alone, f"--method {args.method} has no teacher: drop it, or use shortcut-distill.")
+    needs = {"flow": False, "shortcut": False, "shortcut-distill": True}.get(args.method)
+    sentence = "shortcut-distill needs a teacher, flow and shortcut have none: --teacher CKPT."
+    require(needs in (None, bool(args.teacher)), sentence)
     other = [k for k in (*SHAPE, "paper") if source and source["config"][k] != vars(args)[k]]
     require(not other, f"{args.init or args.teacher} has other {', '.join(other)}.")
 
