@@ -708,10 +708,8 @@ def main(argv=None):
             run(args, source, teacher)
     except BlockingIOError:
         PARSER.error(f"another process works in {args.out}: use another --out.")
-    except BadInput as error:
-        PARSER.error(str(error).splitlines()[0])
-    except OSError as error:
-        PARSER.error(f"{error}: make room, or name another folder.")
+    except (BadInput, OSError) as error:
+        PARSER.error(" ".join(str(error).splitlines()))
 
 
 if __name__ == "__main__":
