@@ -479,7 +479,6 @@ def train(args, source, velocity, images):
 
 
 # --------------------------------------------------------------------------- evaluation
-@torch.no_grad()
 def few_steps(args, flow, x0, k):
     """Images, and their log p if there is a head, in k steps from x0, which --guidance moves."""
     if args.guidance:
@@ -546,8 +545,8 @@ def evaluate(args, flow, velocity, data, about):
     def mean(bpd):
         return {"bpd": bpd.mean().item(), "se": (bpd.std() / len(bpd) ** 0.5).item()}
 
-    slow = (f2d2.ode_log_likelihood, velocity, ORACLE_STEPS, "rademacher" if args.paper else "dct")
-    runs = [chunked(args, f"oracle {i}", x[some], *slow) for i in range(1, ORACLE_RUNS + 1)]
+    ode = (f2d2.ode_log_likelihood, velocity, ORACLE_STEPS, "rademacher" if args.paper else "dct")
+    runs = [chunked(args, f"oracle {i}", x[some], *ode) for i in range(1, ORACLE_RUNS + 1)]
     oracle = f2d2.bits_per_dim(torch.stack(runs).mean(0), x[0].numel())
     distances = fid(args, flow, data["train"][0]) if args.fid_network else {}
     columns = {}
@@ -571,19 +570,16 @@ def evaluate(args, flow, velocity, data, about):
         save(args.out / "extremes.png", images[np.r_[order[:32], order[-32:]]])
     save(args.out / "samples.png", sheet(args, flow))
     whose = f"the ODE of {args.teacher}" if args.teacher else "its own ODE"
-    metrics = about | {"images": len(x), "steps": rows}
-    nfe = 2 * ORACLE_STEPS * ORACLE_RUNS
-    metrics["oracle"] = mean(oracle) | {"of": whose, "nfe": nfe, "images": len(some)}
-    save(args.out / "metrics.json", metrics)
+    slow = mean(oracle) | {"of": whose, "nfe": 2 * ORACLE_STEPS * ORACLE_RUNS, "images": len(some)}
+    save(args.out / "metrics.json", about | {"images": len(x), "steps": rows, "oracle": slow})
 
     print(f"\n{args.dataset}: {len(x)} images, step {about['step']}; oracle: {whose}")
     print("  steps bits/dim       se      gap |-oracle|     corr      FID")
-    for k, row in {"oracle": metrics["oracle"], **rows}.items():
+    for k, row in {"oracle": slow, **rows}.items():
         cells = [row.get(key) for key in ("bpd", "se", "gap", "mae_oracle", "corr", "fid")]
         print(f"{k:>7}", *("-".rjust(8) if c is None else f"{c:8.3f}" for c in cells))
 
 
-@torch.no_grad()
 def write_samples(args, flow, about):
     """--sample N: N images as PNG, and samples.csv with log p of each in nats."""
     k = STEP_COUNTS[0]
