@@ -602,8 +602,7 @@ def parse(argv):
     typed = PARSER.parse_args(argv)
     training = EVALUATION.parse_known_args(argv)[1]  # what an evaluation does not know
     require(not (typed.eval and training), f"of no use with --eval: {' '.join(training)}.")
-    guided = typed.sample or typed.guidance
-    require(typed.eval or not guided, "--sample and --guidance need a checkpoint: add --eval CKPT.")
+    require(typed.eval or not (typed.sample or typed.guidance), "--sample, --guidance need --eval.")
     others = typed.dataset or typed.teacher or typed.fid_network
     require(not (typed.sample and others), "--sample has no --dataset, --teacher, --fid-network.")
     teacher = load(typed.teacher) if typed.teacher else None
