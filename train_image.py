@@ -120,7 +120,7 @@ option("--compile", action="store_true", help="torch.compile the loss")
 SHAPE = ("image_size", "colours", "channels", "blocks")  # a student's is its teacher's
 NETWORK = (*SHAPE, "paper", "dropout")
 CONFIG = (*NETWORK, "method", "head", "dataset", "seed", "batch_size", "lr", "warmup")
-CONFIG += ("teacher", "teacher_sha256", "source_sha256")  # the config of a checkpoint
+CONFIG += ("teacher", "teacher_sha256", "init_sha256")  # the config of a checkpoint
 
 
 # --------------------------------------------------------------------------- the network
@@ -619,7 +619,7 @@ def parse(argv):
     args = PARSER.parse_args(argv, argparse.Namespace(**known | config))
     args.teacher = teacher and str(Path(args.teacher).resolve())
     args.teacher_sha256 = teacher and teacher["sha256"]
-    args.source_sha256 = source and source["sha256"]
+    args.init_sha256 = source and source["sha256"]
     args.image_size = args.image_size or SIZES.get(args.dataset, 32)
     args.mirror = args.paper and args.forward
     args.rank = int(os.environ.get("RANK", 0))
@@ -639,7 +639,8 @@ def check(args, source, teacher):
     started = args.world == 1 or ("RANK" in os.environ and not args.eval)
     require(started, "WORLD_SIZE is set: train with torchrun, evaluate without it, or unset it.")
     if args.dataset not in SIZES and not args.sample:
-        require(Path(args.dataset).is_dir(), f"{args.dataset} is no folder nor {', '.join(SIZES)}.")
+        found = Path(args.dataset).is_dir()
+        require(found, f"{args.dataset} is no folder: name one, or {', '.join(SIZES)}.")
         inside = args.out.resolve().is_relative_to(args.dataset)
         require(not inside, f"{args.out} is inside --dataset, to be read: name another --out.")
     side = SIZES.get(args.dataset, args.image_size)
@@ -658,9 +659,10 @@ def check(args, source, teacher):
     require(not other, f"{args.teacher} has other {', '.join(other)}.")
     if args.eval:
         return
-    needs = {"flow": False, "shortcut": False, "shortcut-distill": True}.get(args.method)
-    sentence = "shortcut-distill needs a teacher, flow and shortcut have none: --teacher CKPT."
-    require(needs in (None, bool(args.teacher)), sentence)
+    taught = args.teacher or args.method != "shortcut-distill"
+    require(taught, "shortcut-distill needs --teacher CKPT, a latest.pt of --method flow.")
+    alone = not args.teacher or args.method not in ("flow", "shortcut")
+    require(alone, f"--method {args.method} has no teacher: drop it, or use shortcut-distill.")
     other = [k for k in (*SHAPE, "paper") if source and source["config"][k] != vars(args)[k]]
     require(not other, f"{args.init or args.teacher} has other {', '.join(other)}.")
 
@@ -703,6 +705,8 @@ def main(argv=None):
             run(args, source, teacher)
     except BlockingIOError:
         PARSER.error(f"another process works in {args.out}: use another --out.")
+    except torch.OutOfMemoryError:
+        PARSER.error("out of memory: lower --oracle-images in an evaluation, else --channels.")
     except (BadInput, OSError) as error:
         PARSER.error(" ".join(str(error).splitlines()))
 

@@ -1026,6 +1026,17 @@ def test_a_full_disk_in_an_evaluation_is_one_sentence(
     assert not (tmp_path / "out/metrics.json").exists()
 
 
+def test_an_evaluation_out_of_memory_is_one_sentence(
+    student, photos, tmp_path, monkeypatch, capsys
+):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f2d2, "ode_log_likelihood", full)
+    command = [*QUICK, "--eval", student, "--dataset", photos, "--out", tmp_path / "out"]
+    assert "--oracle-images" in refused(capsys, *command)
+
+
 def test_half_a_metrics_json_blocks_nothing_or_is_one_sentence(student, photos, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/metrics.json").write_text('{"data')
