@@ -653,7 +653,8 @@ def check(args, source, teacher):
     network = not args.fid_network or b"/code/" in args.fid_network.read_bytes()
     require(network, f"{args.fid_network} is no TorchScript network.")
     require(args.held_out or not args.fid_network, "--fid-network needs the training data set.")
-    done = args.eval and (args.out / "metrics.json").exists()
+    goes_on = not args.eval and (args.out / "latest.pt").exists()
+    done = (args.out / "metrics.json").exists() and not goes_on
     require(not done, f"{args.out} holds an evaluation already: name another --out.")
     other = [k for k in SHAPE[:2] if teacher and teacher["config"][k] != vars(args)[k]]
     require(not other, f"{args.teacher} has other {', '.join(other)}.")

@@ -647,6 +647,14 @@ def test_no_evaluation_overwrites_one_with_other_options(
     assert {path: after[path] for path in before} == before
 
 
+def test_a_run_does_not_overwrite_an_evaluation(student, photos, tmp_path, capsys):
+    evaluated(student, photos, tmp_path / "out")
+    before = files_in(tmp_path / "out")
+    command = [*TINY, "--dataset", photos, "--steps", 1, "--out", tmp_path / "out"]
+    assert "--out" in refused(capsys, *command)
+    assert files_in(tmp_path / "out") == before
+
+
 def test_guidance_changes_the_samples_and_is_counted(student, photos, tmp_path):
     plain = evaluated(student, photos, tmp_path / "plain")
     guided = evaluated(student, photos, tmp_path / "guided", "--guidance", 0.5)
