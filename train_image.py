@@ -225,7 +225,7 @@ def to_bytes(x):
 
 
 def read_image(path, size, box=None):
-    """uint8 [H, H, 3]: turned as a viewer does, on white, cropped to box and square, resized."""
+    """uint8 [H, H, 3], turned, on white, cropped to box and square. BadInput: pixels of 32 bits."""
     image = ImageOps.exif_transpose(Image.open(path)).crop(box)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -672,8 +672,13 @@ def run(args, source, teacher):
     """Trains, but for --eval, and evaluates or samples."""
     velocity = teacher and teacher["network"].to(args.device).velocity
     if not args.sample:
+        turns = args.world > 1 and args.dataset == "cifar10"  # the first process downloads
+        if turns and args.rank > 0:
+            distributed.barrier()
         data = load_data(args.dataset, args.data, args.image_size, args.colours, args.held_out)
         args.colours = data["test"][0].shape[1]
+        if turns and args.rank == 0:
+            distributed.barrier()
     if not args.eval:
         train(args, source, velocity, data["train"][0])
     if args.rank == 0:
@@ -696,9 +701,6 @@ def main(argv=None):
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-            if args.rank == 0 and args.dataset == "cifar10":
-                named_splits("cifar10", args.data)  # downloads it, and the others wait
-            distributed.barrier()
         if args.rank > 0:
             sys.stdout = open(os.devnull, "w")
         with open(args.out / f".lock-{args.rank}", "w") as lock:
