@@ -25,6 +25,7 @@ paper=True, of JointFlowMap and of f2d2_loss, undoes it; the other arguments sta
 """
 
 import math
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -176,9 +177,6 @@ def lagrangian(f, g, x, t, s, paper=False):
 
 
 # --------------------------------------------------------------------------- the loss
-CONDITIONS = ("semigroup", "eulerian", "lagrangian")
-
-
 def f2d2_loss(
     flow,
     x1,
@@ -367,9 +365,9 @@ def time_grid(steps, x, geometric=False):
             whole = len(times) > 1 and times[0] == 0 and times[-1] == 1 and times.diff().min() > 0
             _require(whole, "a tensor of times must go from 0 to 1, or from 1 to 0.")
         return times
-    number = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+    number = isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1
     _require(number, f"steps must be a whole number from 1 or a tensor of times, not {steps!r}.")
-    times = torch.linspace(0, 1, steps + 1, device=x.device, dtype=x.dtype)
+    times = torch.linspace(0, 1, int(steps) + 1, device=x.device, dtype=x.dtype)
     return (1 - 0.01 * (101 ** (1 - times) - 1)).clamp(0, 1) if geometric else times
 
 
@@ -491,7 +489,8 @@ def _check_probe(probe, x):
 def _check_loss(x1, condition, x0, t, s, context, diagonal, probe):
     _check(x1, finite=True)
     _check_probe(probe, x1)
-    _require(condition in (None, *CONDITIONS), f"unknown condition {condition}: see CONDITIONS.")
+    known = ("semigroup", "eulerian", "lagrangian", None)
+    _require(condition in known, f"unknown condition {condition}: use one of {known}.")
     if t is not None or s is not None:
         _check(x1, t, s)
     _check(x1 if x0 is None else x0)

@@ -183,6 +183,8 @@ def test_whole_grids_are_taken_in_either_order_and_as_integers():
     x = data()
     one = log_likelihood(flow, x, 1)
     assert torch.equal(log_likelihood(flow, x, torch.tensor([0, 1])), one)
+    assert torch.equal(log_likelihood(flow, x, np.int64(1)), one)
+    assert len(time_grid(np.uint8(255), x)) == 256
     assert torch.equal(log_likelihood(flow, x, torch.tensor([1.0, 0.0])), one)
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 import f2d2
 import train_image
-from f2d2 import CONDITIONS, JointFlowMap, f2d2_loss
+from f2d2 import JointFlowMap, f2d2_loss
 from train_image import RECIPES, Block, UNet, accumulate, build, draw, main, to_bytes
 
 ROOT = Path(train_image.__file__).parent
@@ -34,6 +34,7 @@ QUICK = ["--oracle-images", "3", "--device", "cpu"]
 TINY = [*NETWORK, *QUICK, "--batch-size", "4", "--lr", "1e-3"]
 MODEL = dict(image_size=8, channels=4, blocks=1, dropout=0.0, colours=3, paper=False, head=True)
 TERMS = ("vm", "u", "div", "D")
+CONDITIONS = ["semigroup", "eulerian", "lagrangian"]
 
 
 # ------------------------------------------------------------------------------- stand-ins
@@ -641,7 +642,7 @@ def test_pieces_give_the_gradients_of_the_whole(condition, with_teacher, paper):
                     torch.testing.assert_close(other, g, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("condition", [None, *f2d2.CONDITIONS])
+@pytest.mark.parametrize("condition", [None, *CONDITIONS])
 def test_a_batch_of_one_image_trains_both_heads(condition):
     """Its one row serves the tangent condition and the other one."""
     flow = fix_weights(build(MODEL | {"paper": False}, "cpu"))
