@@ -198,13 +198,14 @@ def f2d2_loss(
       L_VM = E |u(x,t,t) - v|^2    L_div = E |D(x,t,t) + div v|^2    on a share `diagonal` of x1
       L_u = E |u - u_target|^2     L_D = E |D - D_target|^2          by `condition`, on the rest
 
-    |.|^2 is a mean over dimensions; D stands for D/d. The sign is the paper's; the project page and
-    both published codes train +div and subtract it. v and div v are teacher(x, t)'s; without one
-    x_1 - x_0 in L_VM and MeanFlow's u_target, u(x,t,t) elsewhere. "div" and "D" of a flow -> (u,)
-    are 0: the warm start of the paper is lambda *a: flow(*a)[:1]. x1 [B, ...] data. condition None:
-    L_VM + L_div. context [B, ...], say labels: flow(x, t, s, context), teacher(x, t, context). x0,
-    t, s: else drawn, by `generator`. robust [ours]: Huber's loss of D, for targets without noise.
-    paper: the condition's, no weights, uniform times, t <= s but for LSD. Raises ValueError."""
+    |.|^2 is a mean over dimensions, weighted by _weights [ours] or MeanFlow's own weight; D stands
+    for D/d. The sign is the paper's; the project page and both published codes train +div and
+    subtract it. v and div v are teacher(x, t)'s; without one x_1 - x_0 in L_VM and MeanFlow's
+    u_target, u(x,t,t) elsewhere. "div" and "D" of a flow -> (u,) are 0: the warm start of the paper
+    is lambda *a: flow(*a)[:1]. x1 [B, ...] data. condition None: L_VM + L_div. context [B, ...],
+    say labels: flow(x, t, s, context), teacher(x, t, context). x0, t, s: else drawn, by
+    `generator`. robust [ours]: Huber's loss of D, for targets without noise. paper: as the
+    condition's, no _weights, uniform times, t <= s but for LSD. Raises ValueError."""
     _check_loss(x1, condition, x0, t, s, context, diagonal, probe)
     if t is None:
         forward = paper and condition in ("semigroup", "eulerian")

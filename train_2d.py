@@ -272,7 +272,7 @@ option("--no-divergence", action="store_true", help="no head: the sampling-only 
 option("--no-teacher", action="store_true", help="from data alone: v = x_1 - x_0, own div v")
 option("--paper", action="store_true", help="the paper's objective, see above")
 option("--seed", type=int, default=0, help="default 0")
-option("--steps", type=int, default=STEPS, help="default 9000, a third for the teacher")
+option("--steps", type=int, default=STEPS, help="default 9000; a third more for the teacher")
 option("--out", type=Path, help="default runs/2d/<target>-<method>-<seed>")
 option("--device", choices=DEVICES, default="cpu", help="default cpu")
 

@@ -5,7 +5,7 @@ python train_image.py --dataset cifar10 --method shortcut-distill --teacher CKPT
 python train_image.py --dataset cifar10 --method meanflow               from data alone
 python train_image.py --eval CKPT --dataset FOLDER                      log p of any images
 python train_image.py --eval CKPT --sample 64                           images and their log p
-torchrun --nproc-per-node 8 train_image.py ...                          the same on eight GPUs
+torchrun --nproc-per-node 8 train_image.py ...                          training on eight GPUs
 """
 
 import argparse
@@ -90,7 +90,7 @@ option = EVALUATION.add_argument
 option("--dataset", help="cifar10 (the default), imagenet64, celeba64 or a folder of images")
 option("--data", type=Path, default="data", help="where named data sets are or go; default data/")
 option("--teacher", metavar="CKPT", help="gives v and div v, and the oracle")
-option("--paper", action="store_true", help="the paper's objective and mirrored likelihood")
+option("--paper", action="store_true", help="the paper's objective; mirrored log p but for lsd")
 option("--seed", type=between(0, 2**64 - 1), default=0, help="default 0, with --eval CKPT's")
 option("--out", type=Path, help="default below runs/image/ or beside CKPT; a run there goes on")
 option("--device", choices=DEVICES, default=DEVICES[0], help=f"default here {DEVICES[0]}")
