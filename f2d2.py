@@ -67,7 +67,7 @@ class JointFlowMap(nn.Module):
         h = self.head(torch.cat([features, time_features(t, s, self.paper)], 1))
         w = h[:, 1:].softmax(1)
         rate = h[:, 0] + (w * gaussian_rates(t, s, self.variances)).sum(1)
-        return u, x[0].numel() * rate
+        return u, math.prod(x.shape[1:]) * rate
 
     def jump(self, x, z, t, s, *context):
         """(x [B, ...], z [B]) at time t -> (x_s, z_s) = Phi_Y at time s; z_s = z without a head."""
@@ -148,7 +148,7 @@ def eulerian(f, g, x, t, s, v=None, paper=False):
     is g's v there, as in "improved MeanFlow" (arXiv 2512.02012) for u."""
     here = g(x, t)
     tangents = (v if paper and v is not None else here[0], torch.ones_like(t))
-    if torch.compiler.is_compiling():  # one graph, one pass, at the price of memory
+    if torch.compiler.is_compiling() or x.is_mps:  # one pass, at the price of memory
         prediction, df_dt = jvp(lambda x, t: f(x, t, s), (x, t), tangents)
     else:  # a second pass needs no more memory than a plain step; forked: the same dropout in both
         with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():
@@ -213,7 +213,7 @@ def f2d2_loss(
     if x0 is None:
         x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
     x = _wide(1 - t, x1) * x0 + _wide(t, x1) * x1
-    d = x[0].numel()
+    d = math.prod(x.shape[1:])
     losses = {name: x.new_zeros(()) for name in ("vm", "u", "div", "D")}
     adaptive = condition == "eulerian" and (teacher is None or paper)  # MeanFlow's own weight
     velocity = teacher or (lambda x, t, *context: flow(x, t, t, *context)[0])
@@ -369,7 +369,7 @@ def time_grid(steps, x, geometric=False):
     number = isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1
     _require(number, f"steps must be a whole number from 1 or a tensor of times, not {steps!r}.")
     times = torch.linspace(0, 1, int(steps) + 1, device=x.device, dtype=x.dtype)
-    return (1 - 0.01 * (101 ** (1 - times) - 1)).clamp(0, 1) if geometric else times
+    return 1 - (101 ** (1 - times) - 1) / (101 ** times[-1:] - 1) if geometric else times
 
 
 # --------------------------------------------------------------------------- [ours]

@@ -166,7 +166,7 @@ def train(name, net, args, target, generator, teacher=None):
         loss.backward()
         muon.step()
         adam.step()
-        if not all(value.isfinite().all() for value in (loss, *net.parameters())):
+        if not torch.stack([a.isfinite().all() for a in (loss, *net.parameters())]).all():
             PARSER.error(f"{name} diverged at step {step}, loss {loss.item()}: nothing was saved.")
 
         if step % max(1, steps // 50) == 0:
@@ -219,11 +219,11 @@ def evaluate(target, flow, velocity, mirror=False, device="cpu"):
             drawn = torch.cat([f2d2.sample(flow, part, k)[0] for part in x0.split(2_000)])
 
         density = chunked(points, *log_p)
+        row = {"mass": density.exp().sum().item() * (10 / N_GRID) ** 2}  # waits for a GPU
         began = time.perf_counter()
         found = chunked(x, *log_p)
-        row = {"nll": -found.mean().item()}  # waits for a GPU
+        row["nll"] = -found.mean().item()  # and so does this
         row["seconds"] = (time.perf_counter() - began) * 10_000 / len(x)
-        row["mass"] = density.exp().sum().item() * (10 / N_GRID) ** 2
         for key, reference in references.items():
             row[key] = (found - reference).abs().mean().item()
 

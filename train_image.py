@@ -454,7 +454,9 @@ def train(args, source, velocity, images):
         try:
             batch = draw(images, args, step, args.rank, args.world)
             losses = accumulate(objective, batch, n, pieces)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if "out of memory" not in str(error):  # Apple's GPU raises no OutOfMemoryError
+                raise
             require(pieces < most, "out of memory at the smallest piece: lower --channels.")
             pieces = min(2 * pieces, most)
             print(f"out of memory: {math.ceil(share / pieces)} images at a time from here on")
@@ -482,7 +484,7 @@ def train(args, source, velocity, images):
 def few_steps(args, flow, x0, k):
     """Images, and their log p if there is a head, in k steps from x0, which --guidance moves."""
     if args.guidance:
-        x0 = f2d2.self_guidance(flow, x0, args.guidance)
+        x0 = torch.cat([f2d2.self_guidance(flow, a, args.guidance) for a in x0.split(32)])
     if args.method == "flow":  # no few-step map: Euler steps
         return f2d2.ode_sample(flow.velocity, x0, k, euler=True), None
     return f2d2.sample(flow, x0, k)
@@ -672,13 +674,11 @@ def run(args, source, teacher):
     """Trains, but for --eval, and evaluates or samples."""
     velocity = teacher and teacher["network"].to(args.device).velocity
     if not args.sample:
-        turns = args.world > 1 and args.dataset == "cifar10"  # the first process downloads
-        if turns and args.rank > 0:
-            distributed.barrier()
-        data = load_data(args.dataset, args.data, args.image_size, args.colours, args.held_out)
+        with open(args.out / ".turn", "w") as turn:
+            if args.dataset == "cifar10":  # the first of several processes downloads
+                fcntl.flock(turn, fcntl.LOCK_EX)
+            data = load_data(args.dataset, args.data, args.image_size, args.colours, args.held_out)
         args.colours = data["test"][0].shape[1]
-        if turns and args.rank == 0:
-            distributed.barrier()
     if not args.eval:
         train(args, source, velocity, data["train"][0])
     if args.rank == 0:

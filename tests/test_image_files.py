@@ -1,6 +1,7 @@
 """train_image.py: how images are read, measured and sampled, what is written, what is refused."""
 
 import csv
+import fcntl
 import itertools
 import json
 import math
@@ -348,6 +349,25 @@ def test_the_cifar_stand_in_trains_at_full_size(cifar, tmp_path):
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["dataset"] == "cifar10" and metrics["images"] == 4
     assert [row[0] for row in read_csv(tmp_path / "out/log_p.csv")[1]] == ["0", "1", "2", "3"]
+
+
+def test_processes_take_turns_where_the_first_downloads(cifar, photos, tmp_path, monkeypatch):
+    free = []
+
+    def turn(*arguments):
+        with open(tmp_path / "out/.turn", "w") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free.append(True)
+            except BlockingIOError:
+                free.append(False)
+        raise BadInput("enough")
+
+    monkeypatch.setattr(train_image, "load_data", turn)
+    for dataset in ("cifar10", photos):
+        with pytest.raises(SystemExit):
+            main(words("--dataset", dataset, "--out", tmp_path / "out"))
+    assert free == [False, True]
 
 
 def imagenet(root, rows=3):

@@ -1273,6 +1273,17 @@ def test_a_step_compiles_to_one_graph_with_the_eager_gradients(condition):
         assert p is None or torch.allclose(p, q, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_joint_step_compiles_after_a_warm_start(condition):
+    x0, x1, eps, t, s = fixed_inputs()
+    flow = fixed_flow()
+    warm = JointFlowMap(flow.backbone, flow.feature_dim, divergence_head=False)
+    loss = compiled(f2d2_loss)
+    for f in (warm, flow):
+        found = loss(f, x1, condition, x0=x0, t=t, s=s, probe=eps)
+        torch.testing.assert_close(found, f2d2_loss(f, x1, condition, x0=x0, t=t, s=s, probe=eps))
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_inference_gives_the_same_numbers_without_gradients(mode):
     x0, x1, eps, _, _ = fixed_inputs()

@@ -686,22 +686,26 @@ def test_micro_batches_end_with_the_weights_of_the_whole(
     assert_same_weights(whole, cut, rtol=1e-5, atol=1e-6)
 
 
-def out_of_memory_above(most):
+def out_of_memory_above(most, error):
     def change(losses, arguments):
         if len(arguments["x1"]) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return losses
 
     return change
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory")],
+)
 def test_out_of_memory_leads_to_half_the_piece_and_the_same_weights(
-    tmp_path, photos, monkeypatch, capsys
+    tmp_path, photos, monkeypatch, capsys, error
 ):
     options = ["--method", "lsd", "--batch-size", 8, "--warmup", 1]
     run(tmp_path / "plenty", photos, *options)
     capsys.readouterr()
-    calls = spy(monkeypatch, out_of_memory_above(4))
+    calls = spy(monkeypatch, out_of_memory_above(4, error))
     run(tmp_path / "scarce", photos, *options)
     assert [len(call["x1"]) for call in calls] == [8] + 6 * [4]
     lines = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
@@ -710,10 +714,16 @@ def test_out_of_memory_leads_to_half_the_piece_and_the_same_weights(
     assert_same_weights(plenty, scarce, rtol=1e-5, atol=1e-6)
 
 
+def test_another_error_of_a_step_is_not_taken_for_it(tmp_path, photos, monkeypatch):
+    spy(monkeypatch, out_of_memory_above(4, RuntimeError("shapes do not fit")))
+    with pytest.raises(RuntimeError, match="do not fit"):
+        run(tmp_path, photos, "--method", "lsd", "--batch-size", 8)
+
+
 def test_out_of_memory_at_the_smallest_piece_names_the_channels(
     tmp_path, photos, monkeypatch, capsys
 ):
-    calls = spy(monkeypatch, out_of_memory_above(0))
+    calls = spy(monkeypatch, out_of_memory_above(0, torch.OutOfMemoryError("CUDA out of memory")))
     out = tmp_path / "out"
     for method in ("flow", "lsd"):
         options = [

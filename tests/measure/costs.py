@@ -90,17 +90,15 @@ def measure(function, device):
 
 def medians(functions, device):
     """{name: (seconds, bytes)}, the functions in turn; what runs out of memory is left out."""
-    found = {}
-    for name, function in functions.items():
-        try:
-            function()  # makes the optimizer's state, compiles
-            found[name] = []
-        except torch.OutOfMemoryError:
-            print(f"{name}: out of memory", flush=True)
-    for _ in range(REPETITIONS):
-        for name, rows in found.items():
-            rows.append(measure(functions[name], device))
-    return {name: [statistics.median(c) for c in zip(*rows)] for name, rows in found.items()}
+    found = {name: [] for name in functions}
+    for _ in range(1 + REPETITIONS):  # the first makes the optimizer's state, compiles
+        for name in list(found):
+            try:
+                found[name].append(measure(functions[name], device))
+            except torch.OutOfMemoryError:
+                print(f"{name}: out of memory", flush=True)
+                del found[name]
+    return {name: [statistics.median(c) for c in zip(*rows[1:])] for name, rows in found.items()}
 
 
 def flops(options, method, taught):
