@@ -204,8 +204,8 @@ def f2d2_loss(
     u_target, u(x,t,t) elsewhere. "div" and "D" of a flow -> (u,) are 0: the warm start of the paper
     is lambda *a: flow(*a)[:1]. x1 [B, ...] data. condition None: L_VM + L_div. context [B, ...],
     say labels: flow(x, t, s, context), teacher(x, t, context). x0, t, s: else drawn, by
-    `generator`. robust [ours]: Huber's loss of D, for targets without noise. paper: as the
-    condition's, no _weights, uniform times, t <= s but for LSD. Raises ValueError."""
+    `generator`. robust [ours]: Huber's loss of D, for targets without noise. paper: as in the
+    conditions, no _weights, uniform times, t <= s but for LSD. Raises ValueError."""
     _check_loss(x1, condition, x0, t, s, context, diagonal, probe)
     if t is None:
         forward = paper and condition in ("semigroup", "eulerian")

@@ -20,7 +20,7 @@ import torch
 from exact import ExactGaussian, TinyBackbone, fix_weights, times, wide
 from measure.costs import Flops
 from PIL import Image
-from test_method import HostCopies, HostTensors
+from test_method import CONDITIONS, HostCopies, HostTensors
 from torch import nn
 
 import f2d2
@@ -34,7 +34,6 @@ QUICK = ["--oracle-images", "3", "--device", "cpu"]
 TINY = [*NETWORK, *QUICK, "--batch-size", "4", "--lr", "1e-3"]
 MODEL = dict(image_size=8, channels=4, blocks=1, dropout=0.0, colours=3, paper=False, head=True)
 TERMS = ("vm", "u", "div", "D")
-CONDITIONS = ["semigroup", "eulerian", "lagrangian"]
 
 
 # ------------------------------------------------------------------------------- stand-ins
