@@ -15,30 +15,30 @@ Conventions: a silent clash of these is the most repeated bug of this family.
   D                   [B]           D(x,t,s)  average rate of change of log p along the trajectory,
                                               nats per unit time: MINUS the average divergence
   f = flow(x, t, s)   (u, D)        f         average rates of the joint map; (u,) without a head
-  v = velocity(x, t)  [B, ...]      v(x,t)    instantaneous velocity; given both ends, x_1 - x_0
+  v = velocity(x, t)  [B, ...]      v(x,t)    instantaneous velocity, E[x_1 - x_0 | x_t = x]
   g(x, t)             (v, -div v)             rates of the coupled ODEs; (v,) without a head
   log_p               [B]                     nats per example (bits_per_dim converts)
 
 Arguments come in the order (x, t, s). A `flow` is any callable (x, t, s) -> (u, D) or (u,); for
-labels y sample with lambda x, t, s: flow(x, t, s, y). [ours] marks what is not in the paper, and
-paper=True, of JointFlowMap and of f2d2_loss, undoes it; the other arguments stay as they are given.
+labels y sample with lambda x, t, s: flow(x, t, s, y). [ours] marks what is not in the paper:
+paper=True undoes it in JointFlowMap and f2d2_loss, but for robust and probe; euler=True in ode_*.
 """
 
 import math
 from numbers import Integral
 
-import torch
+import torch  # tested from 2.6 on
 from torch import nn
 from torch.func import jvp, vjp
 
 
 # --------------------------------------------------------------------------- the joint flow map
 class JointFlowMap(nn.Module):
-    """Phi_Y(y,t,s) = y + (s-t) f(x,t,s), with y = (x, z), f = (u, D) and z the change of log p.
+    """Phi_Y(y,t,s) = y + (s-t) f(x,t,s): y = (x, z), z the change of log p; its x part is Phi_X.
 
-    backbone(x, t, s, *context) -> u [B, ...], features [B, feature_dim]. Two layers, the head, turn
-    features, t, s into h: D = d h_0; [ours] D = d (h_0 + sum_k w_k r_k), w = softmax(h_1..h_12),
-    r_k = D/d of data N(0, var_k I) in closed form. Raises ValueError for what does not fit."""
+    backbone(x, t, s, *context) -> u [B, ...], features [B, feature_dim], each example by itself.
+    The head: features, t, s -> h; D = d h_0, d the size of x; [ours] D = d (h_0 + sum_k w_k r_k), w
+    = softmax(h_1..h_12), r_k = D/d of data N(0, var_k I). ValueError for what does not fit."""
 
     def __init__(self, backbone, feature_dim, divergence_head=True, paper=False):
         super().__init__()
@@ -49,7 +49,7 @@ class JointFlowMap(nn.Module):
         if divergence_head:
             std = torch.logspace(math.log10(0.002), math.log10(4), 0 if paper else 12)
             self.register_buffer("variances", std**2)
-            hidden = nn.Linear(feature_dim + (8 if paper else 10), feature_dim)  # time_features
+            hidden = nn.Linear(feature_dim + (8 if paper else 10), feature_dim)  # + time_features
             out = nn.Linear(feature_dim, 1 + len(std))
             nn.init.zeros_(out.weight)
             out.bias.data = torch.cat([torch.zeros(1), -(std.log() ** 2) / 8])  # w around std 1
@@ -123,9 +123,9 @@ def coupled_field(velocity, x, t, probe="rademacher", generator=None):
 
 
 # --------------------------------------------------------------------------- the conditions
-# If f(x,t,t) = g(x,t) and one of three identities holds, Phi_Y is the flow map of the coupled ODEs:
-# read each line for u with v, and for D with -div v. f(x, t, s) -> (u, D) or (u,), x [B, ...], t, s
-# [B] -> (prediction, target), tuples like f; targets are stop-gradient, but for LSD's d/ds f.
+# f(x,t,t) = g(x,t) and any one of three identities make Phi_Y the flow map of the coupled ODEs. An
+# identity holds for u and v, and for D and -div v. Each returns (prediction, target), both tuples
+# like f(x, t, s): (u, D) or (u,). Targets are stop-gradient, but for LSD's d/ds f.
 def semigroup(f, x, t, s):
     """Two half jumps make the whole (Shortcut models). With r = (t+s)/2 and x_r = Phi_X(x,t,r):
 
@@ -143,12 +143,12 @@ def eulerian(f, g, x, t, s, v=None, paper=False):
 
     f(x,t,s) = g(x,t) + (s-t) d/dt f(x_t,t,s),   d/dt = jvp on (x,t) with tangents (v, 1)
 
-    v = x_1 - x_0 may stand for the velocity, in u's target and as the tangent: E[v|x] is it, and
-    the identity is linear in it. As the tangent (paper=True) its variance swamps D's target: [ours]
-    is g's v there, as in "improved MeanFlow" (arXiv 2512.02012) for u."""
+    A given v = x_1 - x_0 replaces g's velocity in u's target, whose mean stays, because E[v|x] is
+    the velocity; if paper, as the tangent too, where its variance swamps D's target. [ours]: g's
+    velocity is the tangent, as in "improved MeanFlow" (arXiv 2512.02012) for u."""
     here = g(x, t)
     tangents = (v if paper and v is not None else here[0], torch.ones_like(t))
-    if torch.compiler.is_compiling() or x.is_mps:  # one pass, at the price of memory
+    if torch.compiler.is_compiling() or x.is_mps:  # no fork_rng there: one pass, more memory
         prediction, df_dt = jvp(lambda x, t: f(x, t, s), (x, t), tangents)
     else:  # a second pass needs no more memory than a plain step; forked: the same dropout in both
         with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():
@@ -165,7 +165,7 @@ def lagrangian(f, g, x, t, s, paper=False):
     f(x,t,s) = g(x_s,s) - (s-t) d/ds f(x,t,s)
 
     The gradient runs through d/ds u, as in the published LSD code, and [ours] through d/ds D."""
-    # w -> w^T df/ds is linear: its vjp at 1 is df/ds. Differentiated again, it beats a jvp.
+    # pull_back(w) = w^T df/ds is linear in w: its vjp at 1 is df/ds. Cheaper to train than a jvp.
     prediction, pull_back = vjp(lambda s: f(x, t, s), s)
     _, pull_back_again = vjp(lambda w: pull_back(w)[0], prediction)
     df_ds = pull_back_again(torch.ones_like(s))[0]
@@ -198,14 +198,14 @@ def f2d2_loss(
       L_VM = E |u(x,t,t) - v|^2    L_div = E |D(x,t,t) + div v|^2    on a share `diagonal` of x1
       L_u = E |u - u_target|^2     L_D = E |D - D_target|^2          by `condition`, on the rest
 
-    |.|^2 is a mean over dimensions, weighted by _weights [ours] or MeanFlow's own weight; D stands
-    for D/d. The sign is the paper's; the project page and both published codes train +div and
-    subtract it. v and div v are teacher(x, t)'s; without one x_1 - x_0 in L_VM and MeanFlow's
-    u_target, u(x,t,t) elsewhere. "div" and "D" of a flow -> (u,) are 0: the warm start of the paper
-    is lambda *a: flow(*a)[:1]. x1 [B, ...] data. condition None: L_VM + L_div. context [B, ...],
-    say labels: flow(x, t, s, context), teacher(x, t, context). x0, t, s: else drawn, by
-    `generator`. robust [ours]: Huber's loss of D, for targets without noise. paper: as in the
-    conditions, no _weights, uniform times, t <= s but for LSD. Raises ValueError."""
+    |.|^2 is a mean over dimensions, D stands for D/d. Weights: _weights [ours], but MeanFlow's own
+    on L_VM and L_u of "eulerian" if paper or no teacher. The sign is the paper's; its page and both
+    published codes train +div and subtract it. v and div v are teacher(x, t)'s; without one
+    x_1 - x_0 in L_VM and MeanFlow's u_target, u(x,t,t) elsewhere. condition None: L_VM + L_div.
+    context [B, ...], say labels: flow(x, t, s, context), teacher(x, t, context). "div" and "D" of
+    a flow -> (u,) are 0, as of the paper's warm start, lambda *a: flow(*a)[:1]. x0, t, s: drawn if
+    None. robust [ours]: 4 times Huber's loss of D, for targets without noise. paper: as above, no
+    _weights, uniform times, t <= s but for LSD. Raises ValueError, also under autocast."""
     _check_loss(x1, condition, x0, t, s, context, diagonal, probe)
     if t is None:
         forward = paper and condition in ("semigroup", "eulerian")
@@ -234,7 +234,7 @@ def f2d2_loss(
         return losses
 
     # The flow map condition, on the rest.
-    n = min(n, len(x) - 1)  # both parts have a row at least; a batch of one serves both
+    n = min(n, len(x) - 1)  # each part has a row at least: at diagonal = 1 the last serves both
     f, g = _fields(flow, velocity, context, probe, generator, slice(n, None))
     x, t, s = x[n:], t[n:].clone(), s[n:]  # torch.compile has no jvp at this view of t
     if condition == "semigroup":
@@ -265,7 +265,7 @@ def _mean_square(prediction, target, weight=1.0, adaptive=False, robust=False):
     """E weight |prediction - target|^2, a mean over dimensions too; weight [B]."""
     _check_shape(target, prediction.shape, "a target")
     square = (prediction - target).square().reshape(len(target), -1).mean(1)
-    if adaptive:  # MeanFlow's, for each example
+    if adaptive:  # MeanFlow's, for each example, here of the mean over dimensions
         weight = weight * (square.detach() + 1e-3) ** -0.75
     if robust:  # of D: 4 r^2 for weighted residuals r up to 0.06, linear beyond; both tuned
         root = weight**0.5
@@ -275,12 +275,12 @@ def _mean_square(prediction, target, weight=1.0, adaptive=False, robust=False):
 
 # --------------------------------------------------------------------------- sampling, likelihood
 def sample(flow, x0, steps):
-    """x0 ~ N(0, I) [B, ...] -> x1 = Phi_X(x0,0,1) in `steps` jumps, and log p [B] in nats,
+    """x0 ~ N(0, I) [B, ...] -> x1 = Phi_X(x0,0,1), and log p [B] in nats, None without a head:
 
-    log N(x0; 0, I) + sum_k (t_{k+1} - t_k) D(x_k,t_k,t_{k+1}),   None without a head.
+    log N(x0; 0, I) + sum_k (t_{k+1} - t_k) D(x_{t_k},t_k,t_{k+1})
 
     That is log p where the ODE from x0 ends, which a few-step x1 misses by a little: for log p of
-    x1 itself log_likelihood(flow, x1, steps) errs less. NFE = steps."""
+    x1 itself log_likelihood(flow, x1, steps) errs less. steps: how many (NFE), or the times."""
     x1, gained = _travel(flow, x0, time_grid(steps, x0))
     return x1, None if gained is None else normal_log_density(x0) + gained
 
@@ -288,7 +288,7 @@ def sample(flow, x0, steps):
 def log_likelihood(flow, x1, steps, mirror=False):
     """x1 [B, ...] -> log p_1(x1) [B] in nats, in K = `steps` jumps over 1 = t_0 > ... > t_K = 0:
 
-    log p_1(x1) = log N(x_0; 0, I) + sum_k (t_k - t_{k+1}) D(x_k,t_k,t_{k+1})
+    log p_1(x1) = log N(x_{t_K}; 0, I) + sum_k (t_k - t_{k+1}) D(x_{t_k},t_k,t_{k+1})
 
     mirror: the paper's approximation for maps trained forward only, u(x,t,t-h) ~ u(x,t,t+h) and D
     alike (target time 2t - s): biased even for exact maps. Raises ValueError without a head."""
@@ -338,7 +338,7 @@ def ode_sample(velocity, x0, steps, euler=False):
 def ode_log_likelihood(velocity, x1, steps, probe="exact", euler=False, generator=None):
     """x1 [B, ...] -> log p_1(x1) = log N(x_0; 0, I) - int_0^1 div v(x_t,t) dt, nats [B].
 
-    Rule and grid as in ode_sample, from t = 1 to 0; probe as in divergence, anew each step."""
+    Rule and grid as in ode_sample, from t = 1 to 0; a named probe is drawn at each step."""
     times = time_grid(steps, x1, not euler)
     _check_probe(probe, x1)
     return log_likelihood(_small_step(velocity, euler, probe, generator), x1, times)
@@ -357,8 +357,8 @@ def _small_step(velocity, euler, probe=None, generator=None):
 
 
 def time_grid(steps, x, geometric=False):
-    """Times from 0 to 1 [steps + 1], like x: uniform, or [ours] geometric in 1.01 - t. A tensor
-    of times is only sorted. Raises ValueError for anything else."""
+    """Times from 0 to 1 [steps + 1], like x: uniform, or [ours] geometric in 1.01 - t. Or
+    `steps` is the times: sorted and checked. Raises ValueError for anything else."""
     _check(x, finite=True)
     if isinstance(steps, torch.Tensor) and steps.dim() == 1:
         times = steps.to(x).sort().values
@@ -402,7 +402,7 @@ def gaussian_rates(t, s, variances):
     """D / d [B, K] for data N(0, var I), var in variances [K], sigma_t^2 = (1-t)^2 + t^2 var:
 
     -ln(sigma_s / sigma_t) / (s-t) = atanh((s-t) k) / (s-t)
-    k = (sigma_t^2 - sigma_s^2) / (sigma_t^2 + sigma_s^2) / (s-t), s-t cancelled out"""
+    k = (sigma_t^2 - sigma_s^2) / (sigma_t^2 + sigma_s^2) / (s-t), in which s-t cancels"""
     t, s, h = t[:, None], s[:, None], (s - t)[:, None]
     var_t = (1 - t) ** 2 + t**2 * variances
     var_s = (1 - s) ** 2 + s**2 * variances
@@ -413,8 +413,8 @@ def gaussian_rates(t, s, variances):
 
 
 def _weights(part, t, s, teacher, paper):
-    """[ours] Natural weights [B] of (residual of u)^2 and (residual of D/d)^2, about 1 / target^2:
-    D/d grows as 1/scale, and a derivative in t or s as 1/(1-t) or 1/(1-s), towards the data."""
+    """[ours] Weights [B] of (residual of u)^2 and (residual of D/d)^2: about 1/target^2, where D/d
+    grows as 1/scale and a derivative as 1/near; a lower power of near/scale where it did better."""
     if paper:
         return 1.0, 1.0
     near_t = 1 - t + DELTA
@@ -423,13 +423,13 @@ def _weights(part, t, s, teacher, paper):
     if part == "eulerian":
         return near_t / scale if teacher else 1.0, near_t * scale
     if part == "lagrangian":
-        return (near_s / scale) ** 0.5 if teacher else 1.0, near_s**2  # the root: measured
+        return (near_s / scale) ** 0.5 if teacher else 1.0, near_s**2
     return 1.0, scale**2
 
 
 # --------------------------------------------------------------------------- units
 def dequantize(x_uint8, noise=None, generator=None):
-    """Bytes -> (x + U) / 128 - 1 in [-1, 1), U uniform on [0, 1) or `noise`; ValueError else."""
+    """Bytes, else ValueError -> (x + U) / 128 - 1 in [-1, 1), U uniform on [0, 1) or `noise`."""
     _require(getattr(x_uint8, "dtype", None) == torch.uint8, "dequantize takes uint8 images.")
     if noise is None:
         noise = torch.rand(x_uint8.shape, device=x_uint8.device, generator=generator)
@@ -438,7 +438,7 @@ def dequantize(x_uint8, noise=None, generator=None):
 
 
 def bits_per_dim(log_p, data_dim):
-    """log p (nats, data in [-1, 1)) -> bits per dimension, -log2 P / d; P(bytes) ~ p (2/256)^d."""
+    """log p in nats, of data in [-1, 1) -> bits per dimension, -log2 P / d; P ~ p (2/256)^d."""
     return 7 - log_p / (data_dim * math.log(2))
 
 
@@ -459,7 +459,7 @@ def _require(true, sentence):
 
 
 def _check(x, *times, latest=1, finite=False):
-    """x [B, ...] floating point; times [B] like x, in [0, latest]. Values: on the CPU only."""
+    """x [B, ...] floating point; times [B] like x, in [0, latest]. Values: checked on the CPU."""
     _require(isinstance(x, torch.Tensor) and x.is_floating_point(), "x must be a float tensor.")
     _require(x.dim() and len(x), f"x has shape {list(x.shape)}: pass at least one example.")
     free = x.device.type == "cpu" and type(x) is torch.Tensor and not torch.compiler.is_compiling()
