@@ -204,8 +204,8 @@ def f2d2_loss(
     x_1 - x_0 in L_VM and MeanFlow's u_target, u(x,t,t) elsewhere. condition None: L_VM + L_div.
     context [B, ...], say labels: flow(x, t, s, context), teacher(x, t, context). "div" and "D" of
     a flow -> (u,) are 0, as of the paper's warm start, lambda *a: flow(*a)[:1]. x0, t, s: drawn if
-    None. robust [ours]: 4 times Huber's loss of D, for targets without noise. paper: as above, no
-    _weights, uniform times, t <= s but for LSD. Raises ValueError, also under autocast."""
+    None. robust [ours]: 4 times Huber's loss of D, for targets without noise. paper: as in the
+    conditions, no _weights, uniform times, t <= s but for LSD. ValueError, also under autocast."""
     _check_loss(x1, condition, x0, t, s, context, diagonal, probe)
     if t is None:
         forward = paper and condition in ("semigroup", "eulerian")
@@ -413,8 +413,8 @@ def gaussian_rates(t, s, variances):
 
 
 def _weights(part, t, s, teacher, paper):
-    """[ours] Weights [B] of (residual of u)^2 and (residual of D/d)^2: about 1/target^2, where D/d
-    grows as 1/scale and a derivative as 1/near; a lower power of near/scale where it did better."""
+    """[ours] Natural weights [B] of (residual of u)^2 and (residual of D/d)^2: about 1/target^2, if
+    D/d grows as 1/scale and a derivative as 1/near, or else a lower power of near/scale."""
     if paper:
         return 1.0, 1.0
     near_t = 1 - t + DELTA
@@ -423,13 +423,13 @@ def _weights(part, t, s, teacher, paper):
     if part == "eulerian":
         return near_t / scale if teacher else 1.0, near_t * scale
     if part == "lagrangian":
-        return (near_s / scale) ** 0.5 if teacher else 1.0, near_s**2
+        return (near_s / scale) ** 0.5 if teacher else 1.0, near_s**2  # the root: measured
     return 1.0, scale**2
 
 
 # --------------------------------------------------------------------------- units
 def dequantize(x_uint8, noise=None, generator=None):
-    """Bytes, else ValueError -> (x + U) / 128 - 1 in [-1, 1), U uniform on [0, 1) or `noise`."""
+    """Bytes (or ValueError) -> (x + U) / 128 - 1 in [-1, 1), U uniform on [0, 1) or `noise`."""
     _require(getattr(x_uint8, "dtype", None) == torch.uint8, "dequantize takes uint8 images.")
     if noise is None:
         noise = torch.rand(x_uint8.shape, device=x_uint8.device, generator=generator)
