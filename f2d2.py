@@ -1,9 +1,14 @@
+# SPDX-License-Identifier: MIT
 """F2D2 in one file: samples *and* log-likelihoods of a flow-based model in 1-8 network evaluations.
 
 Ai, He, Gu, Salakhutdinov, Kolter, Boffi, Simchowitz, "Joint Distillation for Fast Likelihood
 Evaluation and Sampling in Flow-based Models", ICLR 2026, arXiv 2512.02636. Read before it "Flow
 Matching for Generative Modeling", "FFJORD" (log p), "One Step Diffusion via Shortcut Models", "Mean
 Flows for One-step Generative Modeling", "How to build a consistency model" (flow maps, LSD).
+
+One network jumps along two coupled ODEs at once, y = (x, z) with z the change of log p:
+
+  dx/dt = v(x,t),  dz/dt = -div v(x,t)       is solved by       Phi_Y(y,t,s) = y + (s-t) f(x,t,s)
 
 Conventions: a silent clash of these is the most repeated bug of this family.
 
@@ -13,18 +18,24 @@ Conventions: a silent clash of these is the most repeated bug of this family.
   t, s                [B]           t, s      current, target time in [0, 1]; s < t runs backwards
   u                   [B, ...]      u(x,t,s)  average velocity over [t, s]
   D                   [B]           D(x,t,s)  average rate of change of log p along the trajectory,
-                                              nats per unit time: MINUS the average divergence
+                                              nats per unit time: MINUS the average divergence.
+                                              The sign is the paper's. Its project page adds (s-t) D
+                                              too, yet trains D on +div; both published codes train
+                                              +div and subtract it
   f = flow(x, t, s)   (u, D)        f         average rates of the joint map; (u,) without a head
   v = velocity(x, t)  [B, ...]      v(x,t)    instantaneous velocity, E[x_1 - x_0 | x_t = x]
   g(x, t)             (v, -div v)             rates of the coupled ODEs; (v,) without a head
+  (v, *g[1:])                                 v in place of g's velocity, and -div v if it is there
   log_p               [B]                     nats per example (bits_per_dim converts)
 
-Arguments come in the order (x, t, s). A `flow` is any callable (x, t, s) -> (u, D) or (u,); for
-labels y sample with lambda x, t, s: flow(x, t, s, y). [ours] marks what is not in the paper:
-paper=True undoes it in JointFlowMap and f2d2_loss, but for robust and probe; euler=True in ode_*.
+Arguments come in the order (x, t, s), then `context` [B, ...], what the network is conditioned on:
+labels, observations. A `flow` is any callable (x, t, s) -> (u, D) or (u,). [ours] marks what is not
+in the paper; paper=True, of JointFlowMap and f2d2_loss, undoes it, but for what has an option of its
+own: probe, robust, euler, and the lr of self_guidance.
 """
 
 import math
+from contextlib import suppress
 from numbers import Integral
 
 import torch  # tested from 2.6 on
@@ -37,8 +48,13 @@ class JointFlowMap(nn.Module):
     """Phi_Y(y,t,s) = y + (s-t) f(x,t,s): y = (x, z), z the change of log p; its x part is Phi_X.
 
     backbone(x, t, s, *context) -> u [B, ...], features [B, feature_dim], each example by itself.
-    The head: features, t, s -> h; D = d h_0, d the size of x; [ours] D = d (h_0 + sum_k w_k r_k), w
-    = softmax(h_1..h_12), r_k = D/d of data N(0, var_k I). ValueError for what does not fit."""
+
+    The head makes D of the features, d being the size of x:
+      h = head(features, t, s)
+      D = d h_0                               if paper
+      D = d (h_0 + sum_k w_k r_k)             [ours] w = softmax(h_1 .. h_12),
+                                              r_k = D/d of data N(0, var_k I)
+    """
 
     def __init__(self, backbone, feature_dim, divergence_head=True, paper=False):
         super().__init__()
@@ -47,93 +63,175 @@ class JointFlowMap(nn.Module):
         self.paper = paper
         self.head = None
         if divergence_head:
-            std = torch.logspace(math.log10(0.002), math.log10(4), 0 if paper else 12)
+            std = torch.logspace(math.log10(0.002), math.log10(4), 12)
             self.register_buffer("variances", std**2)
             hidden = nn.Linear(feature_dim + (8 if paper else 10), feature_dim)  # + time_features
-            out = nn.Linear(feature_dim, 1 + len(std))
+            out = nn.Linear(feature_dim, 1 if paper else 13)
             nn.init.zeros_(out.weight)
-            out.bias.data = torch.cat([torch.zeros(1), -(std.log() ** 2) / 8])  # w around std 1
+            bias = torch.cat([torch.zeros(1), -(std.log() ** 2) / 8])  # w is largest around std 1
+            out.bias.data = bias[: out.out_features]
             self.head = nn.Sequential(hidden, nn.SiLU(), out)
 
-    def forward(self, x, t, s, *context):
-        """x [B, ...], t and s [B] -> (u [B, ...], D [B] in nats per unit time); (u,) if no head."""
-        _check(x, t)
-        _check(x, s, latest=2)  # beyond 1 only in the paper's mirrored likelihood
-        u, features = self.backbone(x, t, s, *context)
-        _check_shape(u, x.shape, "the backbone's u")
-        _check_shape(features, (len(x), self.feature_dim), "the backbone's features")
+    def forward(self, x, t, s=None, *context):
+        """x [B, ...], t and s [B] -> (u [B, ...], D [B] in nats per unit time); (u,) if no head.
+
+        ValueError for inputs, or outputs of the backbone, that do not fit."""
+        _require(
+            s is not None, "a flow map takes two times, t and s: as a velocity pass its .velocity."
+        )
+        _check(x)
+        _check_times(t, x)
+        _check_times(s, x, latest=2)  # beyond 1 only in the paper's mirrored likelihood
+        u, features = self._run(x, t, s, context)
         if self.head is None:
             return (u,)
-        h = self.head(torch.cat([features, time_features(t, s, self.paper)], 1))
-        w = h[:, 1:].softmax(1)
-        rate = h[:, 0] + (w * gaussian_rates(t, s, self.variances)).sum(1)
+
+        h = self.head(torch.cat([features, time_features(t, s, self.paper)], 1)).to(x)
+        rate = h[:, 0]
+        if not self.paper:
+            weights = h[:, 1:].softmax(1)
+            rate = rate + (weights * gaussian_rates(t, s, self.variances)).sum(1)
         return u, math.prod(x.shape[1:]) * rate
 
-    def jump(self, x, z, t, s, *context):
-        """(x [B, ...], z [B]) at time t -> (x_s, z_s) = Phi_Y at time s; z_s = z without a head."""
-        _check(x, t, s)
-        u, *D = self(x, t, s, *context)
-        return x + _wide(s - t, x) * u, z + (s - t) * D[0] if D else z
-
     def velocity(self, x, t, *context):
-        """v(x,t) = u(x,t,t) [B, ...], the average over no time at all; the head does not run."""
-        _check(x, t)
-        return self.backbone(x, t, t, *context)[0]
+        """v(x,t) = u(x,t,t) [B, ...], the average over no time at all; the head does not run.
+
+        t is [B] or, as ODE solvers call it, []; a solver's t may lie beyond [0, 1] too."""
+        _check(x)
+        if isinstance(t, torch.Tensor) and t.dim() == 0:
+            t = t.expand(x.shape[0])
+        _check_like(t, x, "a time", x.shape[0])
+        _check_finite(t, "a time")
+        return self._run(x, t, t, context)[0]
+
+    def _run(self, x, t, s, context):
+        """What the backbone returns, checked, in x's dtype: it may use autocast."""
+        outputs = self.backbone(x, t, s, *context)
+        pair = isinstance(outputs, (tuple, list)) and len(outputs) == 2
+        _require(pair, "the backbone must return (u, features).")
+        u, features = [output.to(x) for output in outputs]
+        _check_like(u, x, "the backbone's u")
+        _check_like(features, x, "the backbone's features", x.shape[0], self.feature_dim)
+        return u, features
+
+
+def phi(y, h, rates):
+    """y + h rates, part by part: Phi_Y(y,t,s) for y = (x, z), h = s-t [B] and rates = f(x,t,s).
+
+    Both may have one part alone. ValueError where a rate is not shaped as what it moves."""
+    moved = []
+    for a, rate, name in zip(y, rates, "uD"):
+        _check_like(rate, a, name)
+        moved.append(a + _wide(h, a) * rate)
+    return tuple(moved)
 
 
 # --------------------------------------------------------------------------- the divergence
 def divergence(velocity, x, t, probe="rademacher", generator=None):
     """v(x,t) [B, ...] and div v = tr dv/dx = E eps^T (dv/dx) eps [B], for any velocity(x, t).
 
-    probe: "exact", over d unit vectors; "rademacher", random signs (FFJORD); [ours] "dct", random
-    signs in a DCT basis, where dv/dx of images is nearly diagonal (measured: 3-8 times less
-    variance); or eps, shaped as x. Raises ValueError for another probe, and under autocast."""
-    _check(x, t)
+    probe: "exact"       over the d unit vectors
+           "rademacher"  eps of random signs (FFJORD)
+           "dct"         [ours] random signs in a DCT basis, in which dv/dx of photographs is nearly
+                         diagonal: measured, 3-8 times less variance there, but 3.6 times more on
+                         drawings near the data, where dv/dx is diagonal in pixels
+           eps           itself, like x
+    ValueError for another probe or a velocity of another shape than x, and under autocast."""
+    _check(x)
+    _check_times(t, x)
     _check_probe(probe, x)
-    v, pull_back = vjp(lambda x: velocity(x, t.clone()), x.clone())  # pull_back(eps) = eps^T dv/dx
-    _check_shape(v, x.shape, "the velocity")
+    _check_autocast(x)
 
-    if isinstance(probe, str) and probe == "exact":
-        basis = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape[1:])
-        return v, sum((pull_back(e.expand_as(x))[0] * e).flatten(1).sum(1) for e in basis)
-    eps = hutchinson_probe(x, probe, generator) if isinstance(probe, str) else probe
-    return v, (pull_back(eps)[0] * eps).flatten(1).sum(1)
+    # pull_back(eps) = eps^T dv/dx. Clones, because older versions of PyTorch differentiate what was
+    # made under inference_mode to nothing.
+    v, pull_back = vjp(lambda x: velocity(x, t.clone()), x.clone())
+    _check_like(v, x, "the velocity")
+
+    if probe == "exact":
+        unit_vectors = x.new_ones(x[0].numel()).diag().reshape(-1, *x.shape[1:])
+        return v, sum(_dot(pull_back(e.expand_as(x))[0], e) for e in unit_vectors)
+
+    if not isinstance(probe, torch.Tensor):
+        probe = hutchinson_probe(x, probe, generator)
+    return v, _dot(pull_back(probe)[0], probe)
 
 
 def hutchinson_probe(x, probe="rademacher", generator=None):
-    """eps shaped as x [B, ...], "rademacher" or "dct" as in divergence."""
-    eps = torch.randint(0, 2, x.shape, device=x.device, generator=generator).to(x.dtype) * 2 - 1
-    for axis in range(1, x.dim()) if probe == "dct" else ():  # the colour axis too
+    """eps like x [B, ...] with E eps eps^T = I: "rademacher" or "dct" as in divergence."""
+    eps = 2 * torch.empty_like(x).bernoulli_(generator=generator) - 1
+    if probe == "rademacher":
+        return eps
+
+    _require(probe == "dct", f'unknown probe {probe}: use "rademacher" or "dct".')
+    for axis in range(1, x.dim()):  # the colour axis too
         n = x.shape[axis]
         k = torch.arange(n, device=x.device, dtype=x.dtype)
-        basis = torch.cos(math.pi / n * k[:, None] * (k + 0.5)) * math.sqrt(2 / n)
-        basis = torch.where(k[:, None] == 0, math.sqrt(1 / n), basis)  # [frequency, position]
+        basis = torch.cos(math.pi / n * k[:, None] * (k + 0.5))  # [frequency, position]
+        basis = nn.functional.normalize(basis)  # orthonormal
         eps = (eps.movedim(axis, -1) @ basis).movedim(-1, axis)
     return eps
 
 
+def residual_divergence(v, difference, t):
+    """[ours] An estimate of -div v [B] without any derivative, from difference = x_1 - x_0 alone:
+
+    -div v(x,t) = E[ (d - t |x_1 - x_0 - v|^2) / (1-t) | x_t = x ]    if v = E[x_1 - x_0 | x_t = x]
+
+    So the residual of L_VM is a target for L_div, as x_1 - x_0 is one for v. It is exact only where
+    v is: an error e of v lowers D by t |e|^2 / (1-t), so that bits/dim are an upper estimate, not
+    the ODE's."""
+    residual = difference - v
+    d = v[0].numel()
+    return (d - t * _dot(residual, residual)) / (1 - t).clamp(min=1e-3)
+
+
 @torch.inference_mode(False)  # in it older versions of PyTorch differentiate to nothing
 @torch.no_grad()  # cuts the graph outside; torch.func differentiates inside all the same
-def coupled_field(velocity, x, t, probe="rademacher", generator=None):
-    """g(x,t) = (v, -div v), stop-gradient: dx/dt and dz/dt. (v,) if probe is None."""
+def coupled_field(velocity, x, t, probe, generator=None, difference=None):
+    """g(x,t) = (v, -div v), stop-gradient: dx/dt and dz/dt. (v,) if probe is None.
+
+    probe: as in divergence, or "residual" with difference = x_1 - x_0: residual_divergence."""
     if probe is None:
         return (velocity(x, t),)
+    if probe == "residual":
+        v = velocity(x, t)
+        return v, residual_divergence(v, difference, t)
     v, div = divergence(velocity, x, t, probe, generator)
     return v, -div
 
 
 # --------------------------------------------------------------------------- the conditions
-# f(x,t,t) = g(x,t) and any one of three identities make Phi_Y the flow map of the coupled ODEs. An
-# identity holds for u and v, and for D and -div v. Each returns (prediction, target), both tuples
-# like f(x, t, s): (u, D) or (u,). Targets are stop-gradient, but for LSD's d/ds f.
+# f(x,t,t) = g(x,t) and any one of the three identities after it make Phi_Y the flow map of the
+# coupled ODEs. An identity is the same line for u beside v as for D beside -div v. Each function
+# returns (prediction, target), both tuples like f(x, t, s): (u, D) or (u,). Targets are
+# stop-gradient, but for d/ds f in LSD.
+def tangent(f, g, x, t, v=None, residual=False):
+    """Over no time at all the average rates are the rates (flow matching):
+
+    f(x,t,t) = g(x,t)
+
+    A given v = x_1 - x_0 replaces g's velocity in u's target, whose mean stays, because E[v|x] is
+    the velocity. residual: no g, but residual_divergence of v and the prediction."""
+    prediction = f(x, t, t)
+    if v is None:
+        return prediction, g(x, t)
+    if len(prediction) == 1:
+        return prediction, (v,)
+    if residual:
+        return prediction, (v, residual_divergence(prediction[0].detach(), v, t))
+    return prediction, (v, *g(x, t)[1:])
+
+
 def semigroup(f, x, t, s):
     """Two half jumps make the whole (Shortcut models). With r = (t+s)/2 and x_r = Phi_X(x,t,r):
 
-    f(x,t,s) = 1/2 [f(x,t,r) + f(x_r,r,s)]"""
+    f(x,t,s) = 1/2 [f(x,t,r) + f(x_r,r,s)]
+    """
     with torch.no_grad():
         r = (t + s) / 2
         first = f(x, t, r)
-        second = f(x + _wide(r - t, x) * first[0], r, s)
+        x_r = phi([x], r - t, first)[0]
+        second = f(x_r, r, s)
         target = tuple((a + b) / 2 for a, b in zip(first, second))
     return f(x, t, s), target
 
@@ -143,20 +241,30 @@ def eulerian(f, g, x, t, s, v=None, paper=False):
 
     f(x,t,s) = g(x,t) + (s-t) d/dt f(x_t,t,s),   d/dt = jvp on (x,t) with tangents (v, 1)
 
-    A given v = x_1 - x_0 replaces g's velocity in u's target, whose mean stays, because E[v|x] is
-    the velocity; if paper, as the tangent too, where its variance swamps D's target. [ours]: g's
-    velocity is the tangent, as in "improved MeanFlow" (arXiv 2512.02012) for u."""
+    A given v = x_1 - x_0 replaces g's velocity in u's target, as in the tangent condition; if paper
+    in the tangents too, where its variance swamps D's target. [ours]: there it is g's velocity, as
+    in "improved MeanFlow" (arXiv 2512.02012) for u."""
     here = g(x, t)
-    tangents = (v if paper and v is not None else here[0], torch.ones_like(t))
+    dx_dt = here[0]
+    if v is not None:
+        here = (v, *here[1:])
+        dx_dt = v if paper else dx_dt
+    prediction, df_dt = _value_and_rate(lambda x, t: f(x, t, s), x, t, dx_dt)
+    return prediction, phi(here, s - t, df_dt)
+
+
+def _value_and_rate(f, x, t, dx_dt):
+    """f(x,t) with a graph, and its derivative along (dx_dt, 1) without one."""
+    t = t.clone()  # torch.compile has no jvp at a view
+    tangents = (dx_dt, torch.ones_like(t))
     if torch.compiler.is_compiling() or x.is_mps:  # no fork_rng there: one pass, more memory
-        prediction, df_dt = jvp(lambda x, t: f(x, t, s), (x, t), tangents)
-    else:  # a second pass needs no more memory than a plain step; forked: the same dropout in both
-        with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():
-            _, df_dt = jvp(lambda x, t: f(x, t, s), (x, t), tangents)
-        prediction = f(x, t, s)
-    here = here if v is None else (v, *here[1:])
-    target = tuple(a + _wide(s - t, a) * da.detach() for a, da in zip(here, df_dt))
-    return prediction, target
+        value, rate = jvp(f, (x, t), tangents)
+        return value, [r.detach() for r in rate]
+
+    # A second pass needs no more memory than a plain step; forked: the same dropout in both.
+    with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad():
+        _, rate = jvp(f, (x, t), tangents)
+    return f(x, t), rate
 
 
 def lagrangian(f, g, x, t, s, paper=False):
@@ -165,15 +273,21 @@ def lagrangian(f, g, x, t, s, paper=False):
     f(x,t,s) = g(x_s,s) - (s-t) d/ds f(x,t,s)
 
     The gradient runs through d/ds u, as in the published LSD code, and [ours] through d/ds D."""
-    # pull_back(w) = w^T df/ds is linear in w: its vjp at 1 is df/ds. Cheaper to train than a jvp.
-    prediction, pull_back = vjp(lambda s: f(x, t, s), s)
-    _, pull_back_again = vjp(lambda w: pull_back(w)[0], prediction)
-    df_ds = pull_back_again(torch.ones_like(s))[0]
+    prediction, df_ds = _value_and_end_rate(lambda s: f(x, t, s), s)
     if paper:
-        df_ds = (df_ds[0], *(dD_ds.detach() for dD_ds in df_ds[1:]))
-    x_s = (x + _wide(s - t, x) * prediction[0]).detach()
-    target = tuple(a - _wide(s - t, a) * da for a, da in zip(g(x_s, s), df_ds))
-    return prediction, target
+        df_ds = (df_ds[0], *[dD_ds.detach() for dD_ds in df_ds[1:]])
+    x_s = phi([x], s - t, prediction)[0].detach()
+    return prediction, phi(g(x_s, s), t - s, df_ds)
+
+
+def _value_and_end_rate(f, s):
+    """f(s) and df/ds, both with a graph.
+
+    d/ds in reverse mode, because its own gradient costs less time and memory than a jvp's:
+    pull_back(w) = w^T df/ds is linear in w, so pulling 1 back through it gives df/ds."""
+    value, pull_back = vjp(f, s)
+    _, pull_back_again = vjp(lambda w: pull_back(w)[0], value)
+    return value, pull_back_again(torch.ones_like(s))[0]
 
 
 # --------------------------------------------------------------------------- the loss
@@ -195,131 +309,179 @@ def f2d2_loss(
 ):
     """L_F2D2 = L_VM + L_u + L_div + L_D, as {"vm", "u", "div", "D"}: scalars to be added up.
 
-      L_VM = E |u(x,t,t) - v|^2    L_div = E |D(x,t,t) + div v|^2    on a share `diagonal` of x1
-      L_u = E |u - u_target|^2     L_D = E |D - D_target|^2          by `condition`, on the rest
+      L_VM = E |u(x,t,t) - v|^2    L_div = E |D(x,t,t) + div v|^2    on a share of x1, the tangent's
+      L_u = E |u - u_target|^2     L_D = E |D - D_target|^2          on the rest, by `condition`
 
-    |.|^2 is a mean over dimensions, D stands for D/d. Weights: _weights [ours], but MeanFlow's own
-    on L_VM and L_u of "eulerian" if paper or no teacher. The sign is the paper's; its page and both
-    published codes train +div and subtract it. v and div v are teacher(x, t)'s; without one
-    x_1 - x_0 in L_VM and MeanFlow's u_target, u(x,t,t) elsewhere. condition None: L_VM + L_div.
-    context [B, ...], say labels: flow(x, t, s, context), teacher(x, t, context). "div" and "D" of
-    a flow -> (u,) are 0, as of the paper's warm start, lambda *a: flow(*a)[:1]. x0, t, s: drawn if
-    None. robust [ours]: 4 times Huber's loss of D, for targets without noise. paper: as in the
-    conditions, no _weights, uniform times, t <= s but for LSD. ValueError, also under autocast."""
-    _check_loss(x1, condition, x0, t, s, context, diagonal, probe)
-    if t is None:
+    |.|^2 is a mean over dimensions, and D stands for D/d. Without a head "div" and "D" are 0.
+
+    flow       the joint map, or any callable (x, t, s) -> (u, D) or (u,); for the warm start of u
+               alone JointFlowMap(flow.backbone, flow.feature_dim, divergence_head=False)
+    x1         data [B, ...]
+    condition  "semigroup", "eulerian", "lagrangian"; None: L_VM and L_div alone, on all of x1
+    teacher    velocity(x, t), frozen and in eval(), whose v and div v are taught. None: v is
+               x_1 - x_0 in L_VM and in MeanFlow's L_u, elsewhere the flow's own u(x,t,t), detached
+    x0, t, s   noise like x1, times [B]. None: drawn, the times by sample_times
+    context    [B, ...], goes to flow(x, t, s, context) and teacher(x, t, context). None: to neither
+    diagonal   the share of x1 for the tangent condition
+    probe      of the divergence, see there; or [ours] "residual", residual_divergence, but not for
+               the Lagrangian condition, which asks for div v at x_s
+    robust     [ours] Huber's loss of D, for targets without noise
+    paper      uniform times, t <= s but for LSD; no natural_weights; the conditions' paper=True.
+               Either way MeanFlow has its own weight on L_VM and L_u, without a teacher or if paper
+    generator  of all draws. None: PyTorch's own
+
+    ValueError for what does not fit, and for autocast around anything but the residual probe with
+    the semigroup condition or None, where nothing but the loss is differentiated."""
+    known = ("semigroup", "eulerian", "lagrangian", None)
+    _require(condition in known, f"unknown condition {condition}: use one of {known}.")
+    _require(0 <= diagonal <= 1, f"diagonal is a share of the batch, from 0 to 1, not {diagonal}.")
+    _check(x1)
+    _as_arguments(context, x1)
+    if probe != "residual":
+        _check_probe(probe, x1)
+    elif condition == "lagrangian":
+        raise ValueError("LSD asks for div v at x_s, where no residual is: use another probe.")
+    if probe != "residual" or condition == "eulerian":
+        _check_autocast(x1)
+
+    # x_t = (1-t) x_0 + t x_1
+    if t is None and s is None:
         forward = paper and condition in ("semigroup", "eulerian")
         t, s = sample_times(x1, 0.0 if paper else 0.5, forward, generator)
     if x0 is None:
-        x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator)
+        x0 = torch.empty_like(x1).normal_(generator=generator)
+    _check_times(t, x1)
+    _check_times(s, x1)
+    _check_like(x0, x1, "x0")
     x = _wide(1 - t, x1) * x0 + _wide(t, x1) * x1
-    d = math.prod(x.shape[1:])
-    losses = {name: x.new_zeros(()) for name in ("vm", "u", "div", "D")}
+    _check_finite(x, "x0 or x1")
+    batch = (x, t, s, x1 - x0, context, probe)
     adaptive = condition == "eulerian" and (teacher is None or paper)  # MeanFlow's own weight
-    velocity = teacher or (lambda x, t, *context: flow(x, t, t, *context)[0])
+    losses = dict.fromkeys(("vm", "u", "div", "D"), x.new_zeros(()))
 
-    # The tangent condition f(x,t,t) = g(x,t): u = v and D = -div v.
+    # The tangent condition, on the first n rows.
     n = len(x) if condition is None else max(1, round(diagonal * len(x)))
-    f, _ = _fields(flow, velocity, context, None, generator, slice(0, n))
-    u, *D = f(x[:n], t[:n], t[:n])
-    probe = probe if D else None  # no head, no divergence from here on
-    _, g = _fields(flow, velocity, context, probe, generator, slice(0, n))
-    v_target, *D_target = g(x[:n], t[:n]) if teacher or D else (None,)
-    v_target = v_target if teacher else (x1 - x0)[:n]
-    weight_u, weight_D = _weights("tangent", t[:n], t[:n], teacher, paper)
-    losses["vm"] = _mean_square(u, v_target, weight_u, adaptive)
-    if D:
-        losses["div"] = _mean_square(D[0] / d, D_target[0] / d, weight_D, robust=robust)
+    rows = _rows(batch, slice(0, n))
+    prediction, target, weights = _solve("tangent", flow, teacher, *rows, paper, generator)
+    _check_finite(target[0], "the velocity to be taught")
+    losses["vm"] = _velocity_loss(prediction, target, weights, adaptive)
+    losses["div"] = _divergence_loss(prediction, target, weights, robust)
     if condition is None:
         return losses
 
-    # The flow map condition, on the rest.
-    n = min(n, len(x) - 1)  # each part has a row at least: at diagonal = 1 the last serves both
-    f, g = _fields(flow, velocity, context, probe, generator, slice(n, None))
-    x, t, s = x[n:], t[n:].clone(), s[n:]  # torch.compile has no jvp at this view of t
-    if condition == "semigroup":
-        (u, *D), (u_target, *D_target) = semigroup(f, x, t, s)
-    elif condition == "eulerian":
-        v = None if teacher else (x1 - x0)[n:]
-        (u, *D), (u_target, *D_target) = eulerian(f, g, x, t, s, v, paper)
-    else:
-        (u, *D), (u_target, *D_target) = lagrangian(f, g, x, t, s, paper)
-    weight_u, weight_D = _weights(condition, t, s, teacher, paper)
-    losses["u"] = _mean_square(u, u_target, weight_u, adaptive)
-    if D:
-        losses["D"] = _mean_square(D[0] / d, D_target[0] / d, weight_D, robust=robust)
+    # The flow map condition, on the rest; at diagonal = 1 the last row serves both.
+    n = min(n, len(x) - 1)
+    rows = _rows(batch, slice(n, None))
+    prediction, target, weights = _solve(condition, flow, teacher, *rows, paper, generator)
+    losses["u"] = _velocity_loss(prediction, target, weights, adaptive)
+    losses["D"] = _divergence_loss(prediction, target, weights, robust)
     return losses
 
 
-def _fields(flow, velocity, context, probe, generator, rows):
-    """f(x, t, s) and g(x, t) for some rows of the batch, with their context and their probe."""
-    own = () if context is None else (context[rows],)
-    eps = probe[rows] if isinstance(probe, torch.Tensor) else probe
-    return (
-        lambda x, t, s: flow(x, t, s, *own),
-        lambda x, t: coupled_field(lambda x, t: velocity(x, t, *own), x, t, eps, generator),
-    )
+def _rows(batch, rows):
+    """Some rows of the tensors of a batch; None and names as they are."""
+    return [a[rows] if isinstance(a, torch.Tensor) else a for a in batch]
 
 
-def _mean_square(prediction, target, weight=1.0, adaptive=False, robust=False):
-    """E weight |prediction - target|^2, a mean over dimensions too; weight [B]."""
-    _check_shape(target, prediction.shape, "a target")
-    square = (prediction - target).square().reshape(len(target), -1).mean(1)
-    if adaptive:  # MeanFlow's, for each example, here of the mean over dimensions
-        weight = weight * (square.detach() + 1e-3) ** -0.75
-    if robust:  # of D: 4 r^2 for weighted residuals r up to 0.06, linear beyond; both tuned
-        root = weight**0.5
-        return 8 * nn.functional.huber_loss(root * prediction, root * target, delta=0.06)
-    return (weight * square).mean()
+def _solve(condition, flow, teacher, x, t, s, difference, context, probe, paper, generator):
+    """prediction, target and natural weights of a condition, on some rows of the batch."""
+    context = _as_arguments(context, x)
+    v = difference if teacher is None else None
+    if isinstance(flow, JointFlowMap) and flow.head is None:
+        probe = None  # nothing needs a divergence
+
+    def f(x, t, s):
+        return flow(x, t, s, *context)
+
+    def velocity(x, t):
+        return f(x, t, t)[0] if teacher is None else teacher(x, t, *context)
+
+    def g(x, t):
+        return coupled_field(velocity, x, t, probe, generator, difference)
+
+    if condition == "tangent":
+        solved = tangent(f, g, x, t, v, probe == "residual")
+    elif condition == "semigroup":
+        solved = semigroup(f, x, t, s)
+    elif condition == "lagrangian":
+        solved = lagrangian(f, g, x, t, s, paper)
+    else:
+        solved = eulerian(f, g, x, t, s, v, paper)
+    return *solved, natural_weights(condition, t, s, teacher, paper)
+
+
+def _velocity_loss(prediction, target, weights, adaptive):
+    """E weight |u - u_target|^2, a mean over dimensions too.
+
+    adaptive: MeanFlow's weight of each example, here of the mean over dimensions."""
+    _check_like(target[0], prediction[0], "u's target")
+    residual = prediction[0] - target[0]
+    square = _dot(residual, residual) / residual[0].numel()
+    if adaptive:
+        square = square * (square.detach() + 1e-3) ** -0.75
+    return (weights[0] * square).mean()
+
+
+def _divergence_loss(prediction, target, weights, robust):
+    """E weight ((D - D_target) / d)^2; 0 without a head.
+
+    robust: linear where the weighted residual is beyond 0.06 (tuned), 4 times as large below."""
+    if len(prediction) == 1:
+        return prediction[0].new_zeros(())
+    _check_like(target[1], prediction[1], "D's target")
+    d = prediction[0][0].numel()
+    residual = weights[1] ** 0.5 * (prediction[1] - target[1]) / d
+    if robust:
+        return 8 * nn.functional.huber_loss(residual, 0 * residual, delta=0.06)
+    return residual.square().mean()
 
 
 # --------------------------------------------------------------------------- sampling, likelihood
-def sample(flow, x0, steps):
+def sample(flow, x0, steps, context=None):
     """x0 ~ N(0, I) [B, ...] -> x1 = Phi_X(x0,0,1), and log p [B] in nats, None without a head:
 
     log N(x0; 0, I) + sum_k (t_{k+1} - t_k) D(x_{t_k},t_k,t_{k+1})
 
     That is log p where the ODE from x0 ends, which a few-step x1 misses by a little: for log p of
     x1 itself log_likelihood(flow, x1, steps) errs less. steps: how many (NFE), or the times."""
-    x1, gained = _travel(flow, x0, time_grid(steps, x0))
-    return x1, None if gained is None else normal_log_density(x0) + gained
+    y = _travel(flow, x0, time_grid(steps, x0), context)
+    log_p = normal_log_density(x0) + y[1] if len(y) == 2 else None
+    return y[0], log_p
 
 
-def log_likelihood(flow, x1, steps, mirror=False):
+def log_likelihood(flow, x1, steps, mirror=False, context=None):
     """x1 [B, ...] -> log p_1(x1) [B] in nats, in K = `steps` jumps over 1 = t_0 > ... > t_K = 0:
 
     log p_1(x1) = log N(x_{t_K}; 0, I) + sum_k (t_k - t_{k+1}) D(x_{t_k},t_k,t_{k+1})
 
     mirror: the paper's approximation for maps trained forward only, u(x,t,t-h) ~ u(x,t,t+h) and D
     alike (target time 2t - s): biased even for exact maps. Raises ValueError without a head."""
-    x0, gained = _travel(flow, x1, time_grid(steps, x1).flip(0), mirror)
-    _require(gained is not None, "this flow map has no divergence head: train one with it.")
-    return normal_log_density(x0) - gained
+    y = _travel(flow, x1, time_grid(steps, x1).flip(0), context, mirror)
+    _require(len(y) == 2, NO_HEAD)
+    return normal_log_density(y[0]) - y[1]
 
 
-def _travel(flow, x, times, mirror=False):
-    """The state after jumping along `times`, and the log p gained, sum of (s-t) D [B], or None."""
-    gained = 0.0
+def _travel(flow, x, times, context=None, mirror=False):
+    """(x, z) or, without a head, (x,): after jumps along `times`, z [B] the log p gained."""
+    context = _as_arguments(context, x)
+    times = times[:, None].expand(-1, x.shape[0])
+    y = x, torch.zeros_like(times[0])
     for t, s in zip(times[:-1], times[1:]):
-        t, s = t.expand(len(x)), s.expand(len(x))
-        u, *D = flow(x, t, 2 * t - s if mirror else s)
-        _check_shape(u, x.shape, "the flow's u")
-        _check_shape(D[0] if D else t, t.shape, "the flow's D")
-        x = x + _wide(s - t, x) * u
-        gained = gained + (s - t) * D[0] if D else None
-    return x, gained
+        end = 2 * t - s if mirror else s
+        y = phi(y, s - t, flow(y[0], t, end, *context))
+    return y
 
 
-def self_guidance(flow, x0, lr=0.005, iterations=1):
+def self_guidance(flow, x0, lr=0.005, iterations=1, context=None):
     """Moves x0 [B, ...] to a likelier start by Adam on -log N(x0; 0, I) - D(x0,0,1). One step in
     the paper; lr is [ours]. Raises ValueError without a head."""
-    _check(x0, finite=True)
+    _check(x0)
     with torch.inference_mode(False), torch.enable_grad():
         x0 = x0.detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([x0], lr=lr)
         for _ in range(iterations):
-            _, log_p = sample(flow, x0, 1)
-            _require(log_p is not None, "this flow map has no divergence head: train one with it.")
+            _, log_p = sample(flow, x0, 1, context)
+            _require(log_p is not None, NO_HEAD)
             x0.grad = torch.autograd.grad(-log_p.sum(), x0)[0]
             optimizer.step()
     return x0.detach()
@@ -327,31 +489,41 @@ def self_guidance(flow, x0, lr=0.005, iterations=1):
 
 # --------------------------------------------------------------------------- the slow oracle
 @torch.no_grad()
-def ode_sample(velocity, x0, steps, euler=False):
+def ode_sample(velocity, x0, steps, euler=False, context=None):
     """x0 [B, ...] at t = 0 -> x1 [B, ...], the solution of dx/dt = v(x,t) at t = 1.
-    [ours] Midpoint rule (NFE = 2 steps) on a grid geometric in 1.01 - t, because div v grows as
-    1/(1-t); euler=True is the paper's Euler rule on a uniform grid (NFE = steps)."""
-    return sample(_small_step(velocity, euler), x0, time_grid(steps, x0, not euler))[0]
+
+    [ours] Midpoint rule on a grid geometric in 1.01 - t, because div v grows as 1/(1-t): twice as
+    many evaluations as steps. euler=True: the paper's Euler rule on a uniform grid."""
+    rates = _small_step(velocity, x0, context, euler)
+    return sample(rates, x0, time_grid(steps, x0, not euler))[0]
 
 
 @torch.no_grad()
-def ode_log_likelihood(velocity, x1, steps, probe="exact", euler=False, generator=None):
+def ode_log_likelihood(
+    velocity, x1, steps, probe="exact", euler=False, generator=None, context=None
+):
     """x1 [B, ...] -> log p_1(x1) = log N(x_0; 0, I) - int_0^1 div v(x_t,t) dt, nats [B].
 
     Rule and grid as in ode_sample, from t = 1 to 0; a named probe is drawn at each step."""
     times = time_grid(steps, x1, not euler)
     _check_probe(probe, x1)
-    return log_likelihood(_small_step(velocity, euler, probe, generator), x1, times)
+    return log_likelihood(_small_step(velocity, x1, context, euler, probe, generator), x1, times)
 
 
-def _small_step(velocity, euler, probe=None, generator=None):
+def _small_step(velocity, x, context, euler, probe=None, generator=None):
     """The ODEs' joint map (x, t, s) -> (u, D) or (u,) for s near t: g at t, or half way to s."""
+    functional = torch._C._functorch.is_gradtrackingtensor(x)
+    _require(not functional, "the oracle has no gradient: call it outside of torch.func.grad.")
+    context = _as_arguments(context, x)
+
+    def v(x, t):
+        return velocity(x, t, *context)
 
     def rates(x, t, s):
         if not euler:
-            x = x + _wide((s - t) / 2, x) * velocity(x, t)
+            x = phi([x], (s - t) / 2, [v(x, t)])[0]
             t = (t + s) / 2
-        return coupled_field(velocity, x, t, probe, generator)
+        return coupled_field(v, x, t, probe, generator)
 
     return rates
 
@@ -359,17 +531,22 @@ def _small_step(velocity, euler, probe=None, generator=None):
 def time_grid(steps, x, geometric=False):
     """Times from 0 to 1 [steps + 1], like x: uniform, or [ours] geometric in 1.01 - t. Or
     `steps` is the times: sorted and checked. Raises ValueError for anything else."""
-    _check(x, finite=True)
+    _check(x)
+    _check_finite(x, "x")
     if isinstance(steps, torch.Tensor) and steps.dim() == 1:
         times = steps.to(x).sort().values
-        if times.device.type != "meta":
+        if not times.is_meta:
             whole = len(times) > 1 and times[0] == 0 and times[-1] == 1 and times.diff().min() > 0
             _require(whole, "a tensor of times must go from 0 to 1, or from 1 to 0.")
         return times
+
     number = isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1
     _require(number, f"steps must be a whole number from 1 or a tensor of times, not {steps!r}.")
     times = torch.linspace(0, 1, int(steps) + 1, device=x.device, dtype=x.dtype)
-    return 1 - (101 ** (1 - times) - 1) / (101 ** times[-1:] - 1) if geometric else times
+    if geometric:
+        left = 101 ** (1 - times)  # 1.01 - t in hundredths, from 101 to 1
+        times = (left[0] - left) / (left[0] - left[-1])
+    return times
 
 
 # --------------------------------------------------------------------------- [ours]
@@ -380,10 +557,12 @@ def sample_times(x, log_share=0.5, forward=False, generator=None):
     """t, s [B] like x, uniform; forward: t <= s, the paper's for Shortcut and MeanFlow. [ours] Both
     directions, because a likelihood runs from t = 1 to 0, and a share of pairs with 1 - t + DELTA
     and 1 - s + DELTA log-uniform, because most of an image's likelihood is near the data."""
-    r = torch.rand(3, len(x), device=x.device, dtype=x.dtype, generator=generator)
+    r = x.new_empty(3, len(x)).uniform_(generator=generator)
     near_data = (1 - DELTA * ((1 + 1 / DELTA) ** r[:2] - 1)).clamp(0, 1)
     times = torch.where(r[2] < log_share, near_data, r[:2])
-    return tuple(times.sort(0).values if forward else times)
+    if forward:
+        times = times.sort(0).values
+    return tuple(times)
 
 
 def time_features(t, s, paper=False):
@@ -391,11 +570,10 @@ def time_features(t, s, paper=False):
 
     t, s-t, sin and cos of (pi t, 2 pi t, pi (s-t)), 1 + ln(1-t + DELTA)/3, 1 + ln(1-s + DELTA)/3"""
     angles = math.pi * torch.stack([t, 2 * t, s - t], 1)
-    features = [torch.stack([t, s - t], 1), angles.sin(), angles.cos()]
-    if not paper:
-        left = (1 - torch.stack([t, s], 1)).abs()  # the mirrored likelihood asks for s > 1
-        features.append(1 + (left + DELTA).log() / 3)
-    return torch.cat(features, 1)
+    left = (1 - torch.stack([t, s], 1)).abs()  # the mirrored likelihood asks for s > 1
+    logs = 1 + (left + DELTA).log() / 3
+    features = torch.cat([torch.stack([t, s - t], 1), angles.sin(), angles.cos(), logs], 1)
+    return features[:, :8] if paper else features
 
 
 def gaussian_rates(t, s, variances):
@@ -403,7 +581,8 @@ def gaussian_rates(t, s, variances):
 
     -ln(sigma_s / sigma_t) / (s-t) = atanh((s-t) k) / (s-t)
     k = (sigma_t^2 - sigma_s^2) / (sigma_t^2 + sigma_s^2) / (s-t), in which s-t cancels"""
-    t, s, h = t[:, None], s[:, None], (s - t)[:, None]
+    t, s = t[:, None], s[:, None]
+    h = s - t
     var_t = (1 - t) ** 2 + t**2 * variances
     var_s = (1 - s) ** 2 + s**2 * variances
     k = (2 - t - s - (t + s) * variances) / (var_t + var_s)
@@ -412,19 +591,23 @@ def gaussian_rates(t, s, variances):
     return torch.where(near, k * (1 + (h * k).square() / 3), far)
 
 
-def _weights(part, t, s, teacher, paper):
-    """[ours] Natural weights [B] of (residual of u)^2 and (residual of D/d)^2: about 1/target^2, if
-    D/d grows as 1/scale and a derivative as 1/near, or else a lower power of near/scale."""
+def natural_weights(condition, t, s, teacher, paper=False):
+    """[ours] Weights [B] of the squared residuals of u, with a teacher, and of D/d; 1 if paper.
+
+    About 1/target^2: towards the data D/d grows as 1/scale, and a derivative as 1/near besides.
+    The root in LSD's weight of u, where x_s is a jump and not a given state, is measured."""
     if paper:
         return 1.0, 1.0
     near_t = 1 - t + DELTA
     near_s = 1 - s + DELTA
     scale = torch.maximum(near_t, near_s)
-    if part == "eulerian":
-        return near_t / scale if teacher else 1.0, near_t * scale
-    if part == "lagrangian":
-        return (near_s / scale) ** 0.5 if teacher else 1.0, near_s**2  # the root: measured
-    return 1.0, scale**2
+    weight_u, weight_D = {
+        "tangent": (1.0, near_t**2),  # here s = t
+        "semigroup": (1.0, scale**2),
+        "eulerian": (near_t / scale, near_t * scale),
+        "lagrangian": ((near_s / scale) ** 0.5, near_s**2),
+    }[condition]
+    return (1.0 if teacher is None else weight_u), weight_D
 
 
 # --------------------------------------------------------------------------- units
@@ -433,7 +616,9 @@ def dequantize(x_uint8, noise=None, generator=None):
     _require(getattr(x_uint8, "dtype", None) == torch.uint8, "dequantize takes uint8 images.")
     if noise is None:
         noise = torch.rand(x_uint8.shape, device=x_uint8.device, generator=generator)
-    noise = (noise * 65536).floor() / 65536  # 8 + 16 bits fit a float32: 255 + U never becomes 256
+    noise = (
+        noise.float() * 65536
+    ).floor() / 65536  # 8 + 16 bits fit a float32: 255 + U never becomes 256
     return (x_uint8 + noise) / 128 - 1
 
 
@@ -444,7 +629,12 @@ def bits_per_dim(log_p, data_dim):
 
 def normal_log_density(x):
     """log N(x; 0, I) in nats, x [B, ...] -> [B]."""
-    return -0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    return -0.5 * (_dot(x, x) + x[0].numel() * math.log(2 * math.pi))
+
+
+def _dot(a, b):
+    """Inner products of a and b [B, ...], an example each: [B]."""
+    return (a * b).reshape(a.shape[0], -1).sum(1)
 
 
 def _wide(t, x):
@@ -453,48 +643,63 @@ def _wide(t, x):
 
 
 # --------------------------------------------------------------------------- input checks
+NO_HEAD = "this flow map has no divergence head: train one with it."
+
+
 def _require(true, sentence):
     if not true:
         raise ValueError(sentence)
 
 
-def _check(x, *times, latest=1, finite=False):
-    """x [B, ...] floating point; times [B] like x, in [0, latest]. Values: checked on the CPU."""
+def _check(x):
+    """x [B, ...] floating point with an example at least."""
     _require(isinstance(x, torch.Tensor) and x.is_floating_point(), "x must be a float tensor.")
-    _require(x.dim() and len(x), f"x has shape {list(x.shape)}: pass at least one example.")
-    free = x.device.type == "cpu" and type(x) is torch.Tensor and not torch.compiler.is_compiling()
-    _require(not (finite and free) or x.isfinite().all(), "x holds NaN or infinity.")
-    for t in times:
-        _require(isinstance(t, torch.Tensor), f"a time is a {type(t).__name__}: pass a tensor [B].")
-        _check_shape(t, x.shape[:1], "a time")
-        like_x = t.dtype == x.dtype and t.device == x.device
-        _require(like_x, "times must have x's dtype and device: use t.to(x).")
-        _require(not free or ((t >= 0) & (t <= latest)).all(), f"times must lie in [0, {latest}].")
+    _require(x.dim() and x.shape[0], f"x has shape {x.shape}: pass at least one example.")
 
 
-def _check_shape(a, shape, what):
+def _check_times(t, x, latest=1):
+    """t [B] like x, in [0, latest]."""
+    _check_like(t, x, "a time", x.shape[0])
+    _require_all((t >= 0) & (t <= latest), f"times must lie in [0, {latest}].")
+
+
+def _check_finite(x, what):
+    _require_all(x.isfinite(), f"{what} holds NaN or infinity.")
+
+
+def _require_all(true, sentence):
+    """_require of a tensor, where its values are free to see: on the CPU, but not compiling."""
+    if true.is_cpu and not torch.compiler.is_compiling():
+        with suppress(RuntimeError):  # of vmap and fake tensors
+            _require(true.all(), sentence)
+
+
+def _check_like(a, x, what, *shape):
     """[B] beside [B, 1] would broadcast to [B, B] and pull every D to the batch mean: raise."""
-    found = list(getattr(a, "shape", [type(a).__name__]))
-    _require(found == list(shape), f"{what} has shape {found}, expected {list(shape)}.")
+    expected = shape or x.shape
+    found = getattr(a, "shape", None)
+    _require(found == expected, f"{what} has shape {found}, expected {expected}.")
+    like_x = a.dtype == x.dtype and a.device == x.device
+    _require(like_x, f"{what} must have x's dtype and device: use .to(x).")
+
+
+def _as_arguments(context, x):
+    """context, a tensor with a row for each of x's, as a list of arguments; none for None."""
+    if context is None:
+        return []
+    rows = getattr(context, "shape", ())[:1]
+    _require(rows == x.shape[:1], "context must be one tensor, with one row per example.")
+    return [context]
 
 
 def _check_probe(probe, x):
-    given = isinstance(probe, torch.Tensor)
-    _check_shape(probe if given else x, x.shape, "the probe")
-    known = given or probe in ("exact", "rademacher", "dct")
-    _require(known, f'unknown probe {probe}: "exact", "rademacher", "dct" or a tensor like x.')
-    autocast = x.device.type in ("cpu", "cuda", "mps") and torch.is_autocast_enabled(x.device.type)
-    _require(not autocast, "derivatives need float32: call this outside of torch.autocast.")
+    if isinstance(probe, torch.Tensor):
+        _check_like(probe, x, "the probe")
+    else:
+        known = probe in ("exact", "rademacher", "dct")
+        _require(known, f'unknown probe {probe}: "exact", "rademacher", "dct" or a tensor like x.')
 
 
-def _check_loss(x1, condition, x0, t, s, context, diagonal, probe):
-    _check(x1, finite=True)
-    _check_probe(probe, x1)
-    known = ("semigroup", "eulerian", "lagrangian", None)
-    _require(condition in known, f"unknown condition {condition}: use one of {known}.")
-    if t is not None or s is not None:
-        _check(x1, t, s)
-    _check(x1 if x0 is None else x0)
-    _check_shape(x1 if x0 is None else x0, x1.shape, "x0")
-    _require(context is None or len(context) == len(x1), "context must have one row per example.")
-    _require(0 <= diagonal <= 1, f"diagonal is a share of the batch, from 0 to 1, not {diagonal}.")
+def _check_autocast(x):
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    _require(not autocast, "derivatives would lose their digits: call this outside of autocast.")
