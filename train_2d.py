@@ -155,17 +155,17 @@ def train(name, net, args, target, teacher=None):
             options["t"], options["s"] = f2d2.sample_times(x1, 0.0)
         losses = f2d2.f2d2_loss(net, x1, condition, teacher, **options)
         loss = sum(losses.values())
-        net.zero_grad()
-        loss.backward()
+        if not loss.isfinite():
+            PARSER.error(f"{name} diverged at step {step}, loss {loss.item()}: nothing was saved.")
 
         # A step down. Rates: 100 steps up, then half a cosine down to zero.
+        net.zero_grad()
+        loss.backward()
         rate = min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         adam.param_groups[0]["lr"] = 3e-3 * rate
         adam.step()
         muon_step(matrices, momenta, 0.02 * rate, weight_decay)
 
-        if not loss.isfinite():
-            PARSER.error(f"{name} diverged at step {step}, loss {loss.item()}: nothing was saved.")
         if step % 100 == 0:
             terms = " ".join(f"{key} {value:.4f}" for key, value in losses.items())
             left = (time.perf_counter() - began) / step * (steps - step)
