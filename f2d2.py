@@ -30,12 +30,13 @@ Conventions: a silent clash of these is the most repeated bug of this family.
 
 Arguments come in the order (x, t, s), then `context` [B, ...], what the network is conditioned on:
 labels, observations. A `flow` is any callable (x, t, s) -> (u, D) or (u,). [ours] marks what is not
-in the paper; paper=True, of JointFlowMap and f2d2_loss, undoes it, but for what has an option of its
-own: probe, robust, euler, and the lr of self_guidance.
+in the paper; paper=True, of JointFlowMap and f2d2_loss, undoes it, but for what has its own option:
+probe, robust, euler, and the lr of self_guidance.
 """
 
 import math
 from contextlib import suppress
+from itertools import pairwise
 from numbers import Integral
 
 import torch  # tested from 2.6 on
@@ -67,9 +68,10 @@ class JointFlowMap(nn.Module):
             self.register_buffer("variances", std**2)
             hidden = nn.Linear(feature_dim + (8 if paper else 10), feature_dim)  # + time_features
             out = nn.Linear(feature_dim, 1 if paper else 13)
-            nn.init.zeros_(out.weight)
-            bias = torch.cat([torch.zeros(1), -(std.log() ** 2) / 8])  # w is largest around std 1
-            out.bias.data = bias[: out.out_features]
+            for p in out.parameters():
+                nn.init.zeros_(p)
+            if not paper:
+                out.bias.data[1:] = -(std.log() ** 2) / 8  # w is largest around std 1
             self.head = nn.Sequential(hidden, nn.SiLU(), out)
 
     def forward(self, x, t, s=None, *context):
@@ -89,8 +91,7 @@ class JointFlowMap(nn.Module):
         h = self.head(torch.cat([features, time_features(t, s, self.paper)], 1)).to(x)
         rate = h[:, 0]
         if not self.paper:
-            weights = h[:, 1:].softmax(1)
-            rate = rate + (weights * gaussian_rates(t, s, self.variances)).sum(1)
+            rate = rate + _dot(h[:, 1:].softmax(1), gaussian_rates(t, s, self.variances))
         return u, math.prod(x.shape[1:]) * rate
 
     def velocity(self, x, t, *context):
@@ -98,7 +99,7 @@ class JointFlowMap(nn.Module):
 
         t is [B] or, as ODE solvers call it, []; a solver's t may lie beyond [0, 1] too."""
         _check(x)
-        if isinstance(t, torch.Tensor) and t.dim() == 0:
+        if torch.is_tensor(t) and t.dim() == 0:
             t = t.expand(x.shape[0])
         _check_like(t, x, "a time", x.shape[0])
         _check_finite(t, "a time")
@@ -107,7 +108,7 @@ class JointFlowMap(nn.Module):
     def _run(self, x, t, s, context):
         """What the backbone returns, checked, in x's dtype: it may use autocast."""
         outputs = self.backbone(x, t, s, *context)
-        pair = isinstance(outputs, (tuple, list)) and len(outputs) == 2
+        pair = not torch.is_tensor(outputs) and len(outputs) == 2
         _require(pair, "the backbone must return (u, features).")
         u, features = [output.to(x) for output in outputs]
         _check_like(u, x, "the backbone's u")
@@ -151,7 +152,7 @@ def divergence(velocity, x, t, probe="rademacher", generator=None):
         unit_vectors = x.new_ones(x[0].numel()).diag().reshape(-1, *x.shape[1:])
         return v, sum(_dot(pull_back(e.expand_as(x))[0], e) for e in unit_vectors)
 
-    if not isinstance(probe, torch.Tensor):
+    if not torch.is_tensor(probe):
         probe = hutchinson_probe(x, probe, generator)
     return v, _dot(pull_back(probe)[0], probe)
 
@@ -230,7 +231,7 @@ def semigroup(f, x, t, s):
     with torch.no_grad():
         r = (t + s) / 2
         first = f(x, t, r)
-        x_r = phi([x], r - t, first)[0]
+        x_r = x + _wide(r - t, x) * first[0]
         second = f(x_r, r, s)
         target = tuple((a + b) / 2 for a, b in zip(first, second))
     return f(x, t, s), target
@@ -244,18 +245,17 @@ def eulerian(f, g, x, t, s, v=None, paper=False):
     A given v = x_1 - x_0 replaces g's velocity in u's target, as in the tangent condition; if paper
     in the tangents too, where its variance swamps D's target. [ours]: there it is g's velocity, as
     in "improved MeanFlow" (arXiv 2512.02012) for u."""
+    _check_autocast(x)
     here = g(x, t)
-    dx_dt = here[0]
+    dx_dt = v if paper and v is not None else here[0]
     if v is not None:
         here = (v, *here[1:])
-        dx_dt = v if paper else dx_dt
     prediction, df_dt = _value_and_rate(lambda x, t: f(x, t, s), x, t, dx_dt)
     return prediction, phi(here, s - t, df_dt)
 
 
 def _value_and_rate(f, x, t, dx_dt):
     """f(x,t) with a graph, and its derivative along (dx_dt, 1) without one."""
-    t = t.clone()  # torch.compile has no jvp at a view
     tangents = (dx_dt, torch.ones_like(t))
     if torch.compiler.is_compiling() or x.is_mps:  # no fork_rng there: one pass, more memory
         value, rate = jvp(f, (x, t), tangents)
@@ -272,11 +272,17 @@ def lagrangian(f, g, x, t, s, paper=False):
 
     f(x,t,s) = g(x_s,s) - (s-t) d/ds f(x,t,s)
 
-    The gradient runs through d/ds u, as in the published LSD code, and [ours] through d/ds D."""
+    The gradient runs through d/ds u, as in the published LSD code, and [ours] through d/ds D.
+    [ours] Towards the noise x_s is where four jumps arrive, because one leaves out what it cannot
+    predict, and g at too clean a point teaches it to leave out more."""
     prediction, df_ds = _value_and_end_rate(lambda s: f(x, t, s), s)
+    x_s = (x + _wide(s - t, x) * prediction[0]).detach()
     if paper:
         df_ds = (df_ds[0], *[dD_ds.detach() for dD_ds in df_ds[1:]])
-    x_s = phi([x], s - t, prediction)[0].detach()
+    else:
+        with torch.no_grad():
+            times = log_time(time_grid(4, x)[:, None], t, s)
+            x_s = torch.where(_wide(s < t, x), _travel(f, x, times)[0], x_s)
     return prediction, phi(g(x_s, s), t - s, df_ds)
 
 
@@ -339,10 +345,9 @@ def f2d2_loss(
     _as_arguments(context, x1)
     if probe != "residual":
         _check_probe(probe, x1)
+        _check_autocast(x1)
     elif condition == "lagrangian":
         raise ValueError("LSD asks for div v at x_s, where no residual is: use another probe.")
-    if probe != "residual" or condition == "eulerian":
-        _check_autocast(x1)
 
     # x_t = (1-t) x_0 + t x_1
     if t is None and s is None:
@@ -361,8 +366,8 @@ def f2d2_loss(
 
     # The tangent condition, on the first n rows.
     n = len(x) if condition is None else max(1, round(diagonal * len(x)))
-    rows = _rows(batch, slice(0, n))
-    prediction, target, weights = _solve("tangent", flow, teacher, *rows, paper, generator)
+    rows = slice(0, n)
+    prediction, target, weights = _solve("tangent", rows, batch, flow, teacher, paper, generator)
     _check_finite(target[0], "the velocity to be taught")
     losses["vm"] = _velocity_loss(prediction, target, weights, adaptive)
     losses["div"] = _divergence_loss(prediction, target, weights, robust)
@@ -370,21 +375,19 @@ def f2d2_loss(
         return losses
 
     # The flow map condition, on the rest; at diagonal = 1 the last row serves both.
-    n = min(n, len(x) - 1)
-    rows = _rows(batch, slice(n, None))
-    prediction, target, weights = _solve(condition, flow, teacher, *rows, paper, generator)
+    rows = slice(min(n, len(x) - 1), None)
+    prediction, target, weights = _solve(condition, rows, batch, flow, teacher, paper, generator)
     losses["u"] = _velocity_loss(prediction, target, weights, adaptive)
     losses["D"] = _divergence_loss(prediction, target, weights, robust)
     return losses
 
 
-def _rows(batch, rows):
-    """Some rows of the tensors of a batch; None and names as they are."""
-    return [a[rows] if isinstance(a, torch.Tensor) else a for a in batch]
-
-
-def _solve(condition, flow, teacher, x, t, s, difference, context, probe, paper, generator):
+def _solve(condition, rows, batch, flow, teacher, paper, generator):
     """prediction, target and natural weights of a condition, on some rows of the batch."""
+    # Clones, because torch.compile has no jvp at a view.
+    x, t, s, difference, context, probe = [
+        a[rows].clone() if torch.is_tensor(a) else a for a in batch
+    ]
     context = _as_arguments(context, x)
     v = difference if teacher is None else None
     if isinstance(flow, JointFlowMap) and flow.head is None:
@@ -407,6 +410,8 @@ def _solve(condition, flow, teacher, x, t, s, difference, context, probe, paper,
         solved = lagrangian(f, g, x, t, s, paper)
     else:
         solved = eulerian(f, g, x, t, s, v, paper)
+    for prediction, target in zip(*solved):
+        _check_like(target, prediction, "a target")
     return *solved, natural_weights(condition, t, s, teacher, paper)
 
 
@@ -414,7 +419,6 @@ def _velocity_loss(prediction, target, weights, adaptive):
     """E weight |u - u_target|^2, a mean over dimensions too.
 
     adaptive: MeanFlow's weight of each example, here of the mean over dimensions."""
-    _check_like(target[0], prediction[0], "u's target")
     residual = prediction[0] - target[0]
     square = _dot(residual, residual) / residual[0].numel()
     if adaptive:
@@ -428,9 +432,7 @@ def _divergence_loss(prediction, target, weights, robust):
     robust: linear where the weighted residual is beyond 0.06 (tuned), 4 times as large below."""
     if len(prediction) == 1:
         return prediction[0].new_zeros(())
-    _check_like(target[1], prediction[1], "D's target")
-    d = prediction[0][0].numel()
-    residual = weights[1] ** 0.5 * (prediction[1] - target[1]) / d
+    residual = weights[1] ** 0.5 * (prediction[1] - target[1]) / prediction[0][0].numel()
     if robust:
         return 8 * nn.functional.huber_loss(residual, 0 * residual, delta=0.06)
     return residual.square().mean()
@@ -462,11 +464,11 @@ def log_likelihood(flow, x1, steps, mirror=False, context=None):
 
 
 def _travel(flow, x, times, context=None, mirror=False):
-    """(x, z) or, without a head, (x,): after jumps along `times`, z [B] the log p gained."""
+    """(x, z), or (x,) without a head: after jumps along times [K] or [K, B], z the log p gained."""
     context = _as_arguments(context, x)
-    times = times[:, None].expand(-1, x.shape[0])
+    times = times.reshape(len(times), -1).expand(-1, x.shape[0])
     y = x, torch.zeros_like(times[0])
-    for t, s in zip(times[:-1], times[1:]):
+    for t, s in pairwise(times):
         end = 2 * t - s if mirror else s
         y = phi(y, s - t, flow(y[0], t, end, *context))
     return y
@@ -494,8 +496,8 @@ def ode_sample(velocity, x0, steps, euler=False, context=None):
 
     [ours] Midpoint rule on a grid geometric in 1.01 - t, because div v grows as 1/(1-t): twice as
     many evaluations as steps. euler=True: the paper's Euler rule on a uniform grid."""
-    rates = _small_step(velocity, x0, context, euler)
-    return sample(rates, x0, time_grid(steps, x0, not euler))[0]
+    times = time_grid(steps, x0, not euler)
+    return sample(_small_step(velocity, x0, euler), x0, times, context)[0]
 
 
 @torch.no_grad()
@@ -507,21 +509,21 @@ def ode_log_likelihood(
     Rule and grid as in ode_sample, from t = 1 to 0; a named probe is drawn at each step."""
     times = time_grid(steps, x1, not euler)
     _check_probe(probe, x1)
-    return log_likelihood(_small_step(velocity, x1, context, euler, probe, generator), x1, times)
+    rates = _small_step(velocity, x1, euler, probe, generator)
+    return log_likelihood(rates, x1, times, context=context)
 
 
-def _small_step(velocity, x, context, euler, probe=None, generator=None):
+def _small_step(velocity, x, euler, probe=None, generator=None):
     """The ODEs' joint map (x, t, s) -> (u, D) or (u,) for s near t: g at t, or half way to s."""
     functional = torch._C._functorch.is_gradtrackingtensor(x)
     _require(not functional, "the oracle has no gradient: call it outside of torch.func.grad.")
-    context = _as_arguments(context, x)
 
-    def v(x, t):
-        return velocity(x, t, *context)
+    def rates(x, t, s, *context):
+        def v(x, t):
+            return velocity(x, t, *context)
 
-    def rates(x, t, s):
         if not euler:
-            x = phi([x], (s - t) / 2, [v(x, t)])[0]
+            x = x + _wide((s - t) / 2, x) * v(x, t)
             t = (t + s) / 2
         return coupled_field(v, x, t, probe, generator)
 
@@ -533,14 +535,14 @@ def time_grid(steps, x, geometric=False):
     `steps` is the times: sorted and checked. Raises ValueError for anything else."""
     _check(x)
     _check_finite(x, "x")
-    if isinstance(steps, torch.Tensor) and steps.dim() == 1:
+    if torch.is_tensor(steps) and steps.dim() == 1:
         times = steps.to(x).sort().values
         if not times.is_meta:
-            whole = len(times) > 1 and times[0] == 0 and times[-1] == 1 and times.diff().min() > 0
+            whole = len(times) and times[0] == 0 and times[-1] == 1 and times.diff().min() > 0
             _require(whole, "a tensor of times must go from 0 to 1, or from 1 to 0.")
         return times
 
-    number = isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1
+    number = isinstance(steps, Integral) and steps is not True and steps >= 1
     _require(number, f"steps must be a whole number from 1 or a tensor of times, not {steps!r}.")
     times = torch.linspace(0, 1, int(steps) + 1, device=x.device, dtype=x.dtype)
     if geometric:
@@ -558,11 +560,16 @@ def sample_times(x, log_share=0.5, forward=False, generator=None):
     directions, because a likelihood runs from t = 1 to 0, and a share of pairs with 1 - t + DELTA
     and 1 - s + DELTA log-uniform, because most of an image's likelihood is near the data."""
     r = x.new_empty(3, len(x)).uniform_(generator=generator)
-    near_data = (1 - DELTA * ((1 + 1 / DELTA) ** r[:2] - 1)).clamp(0, 1)
-    times = torch.where(r[2] < log_share, near_data, r[:2])
+    times = torch.where(r[2] < log_share, log_time(r[:2], 1, 0), r[:2])
     if forward:
         times = times.sort(0).values
     return tuple(times)
+
+
+def log_time(share, t, s):
+    """The time at a share of the way from t to s in ln(1 - time + DELTA)."""
+    left = (1 - t + DELTA) ** (1 - share) * (1 - s + DELTA) ** share
+    return (1 + DELTA - left).clamp(0, 1)
 
 
 def time_features(t, s, paper=False):
@@ -570,8 +577,8 @@ def time_features(t, s, paper=False):
 
     t, s-t, sin and cos of (pi t, 2 pi t, pi (s-t)), 1 + ln(1-t + DELTA)/3, 1 + ln(1-s + DELTA)/3"""
     angles = math.pi * torch.stack([t, 2 * t, s - t], 1)
-    left = (1 - torch.stack([t, s], 1)).abs()  # the mirrored likelihood asks for s > 1
-    logs = 1 + (left + DELTA).log() / 3
+    left = (1 - torch.stack([t, s], 1)).abs() + DELTA  # the mirrored likelihood asks for s > 1
+    logs = 1 + left.log() / 3
     features = torch.cat([torch.stack([t, s - t], 1), angles.sin(), angles.cos(), logs], 1)
     return features[:, :8] if paper else features
 
@@ -583,8 +590,7 @@ def gaussian_rates(t, s, variances):
     k = (sigma_t^2 - sigma_s^2) / (sigma_t^2 + sigma_s^2) / (s-t), in which s-t cancels"""
     t, s = t[:, None], s[:, None]
     h = s - t
-    var_t = (1 - t) ** 2 + t**2 * variances
-    var_s = (1 - s) ** 2 + s**2 * variances
+    var_t, var_s = [(1 - r) ** 2 + r**2 * variances for r in (t, s)]
     k = (2 - t - s - (t + s) * variances) / (var_t + var_s)
     near = h.abs() < 2e-4  # there, the series of atanh
     far = (var_t / var_s).log() / torch.where(near, 1.0, 2 * h)
@@ -653,7 +659,7 @@ def _require(true, sentence):
 
 def _check(x):
     """x [B, ...] floating point with an example at least."""
-    _require(isinstance(x, torch.Tensor) and x.is_floating_point(), "x must be a float tensor.")
+    _require(torch.is_tensor(x) and x.is_floating_point(), "x must be a float tensor.")
     _require(x.dim() and x.shape[0], f"x has shape {x.shape}: pass at least one example.")
 
 
@@ -679,8 +685,7 @@ def _check_like(a, x, what, *shape):
     expected = shape or x.shape
     found = getattr(a, "shape", None)
     _require(found == expected, f"{what} has shape {found}, expected {expected}.")
-    like_x = a.dtype == x.dtype and a.device == x.device
-    _require(like_x, f"{what} must have x's dtype and device: use .to(x).")
+    _require(a.dtype == x.dtype and a.device == x.device, f"{what} needs x's dtype and device.")
 
 
 def _as_arguments(context, x):
@@ -693,7 +698,7 @@ def _as_arguments(context, x):
 
 
 def _check_probe(probe, x):
-    if isinstance(probe, torch.Tensor):
+    if torch.is_tensor(probe):
         _check_like(probe, x, "the probe")
     else:
         known = probe in ("exact", "rademacher", "dct")
