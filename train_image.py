@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """F2D2 on images: train, go on, evaluate, sample; on one GPU, several, or a CPU.
 
 python train_image.py --dataset cifar10 --method flow                   a teacher
@@ -6,19 +7,21 @@ python train_image.py --dataset cifar10 --method meanflow               from dat
 python train_image.py --eval CKPT --dataset FOLDER                      log p of any images
 python train_image.py --eval CKPT --sample 64                           images and their log p
 torchrun --nproc-per-node 8 train_image.py ...                          training on eight GPUs
+
+CKPT is the latest.pt of a run. It is saved after the first step, every 15 minutes and at the end,
+and holds all that the run needs, its teacher too: the same command goes on from it.
 """
 
 import argparse
-import codecs
+import collections
 import copy
 import csv
-import fcntl
-import glob
-import hashlib
+import datetime
 import json
 import math
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,95 +35,112 @@ import f2d2
 
 # fmt: off
 TABLE = {                # the method's own code, but for what is marked [ours]
-    "method":      ("flow", "shortcut", "shortcut-distill", "meanflow", "lsd"),
-    "condition":   (None,     "semigroup", "semigroup", "eulerian", "lagrangian"),
-    "forward":     (False,    True,        True,        True,       False),  # times of --paper
-    "optimizer":   ("RAdam",  "RAdam",     "RAdam",     "Adam",     "RAdam"),
-    "lr":          (1e-4,     1e-4,        1e-4,        6e-4,       1e-4),
-    "batch_size":  (512,      512,         512,         1024,       256),
-    "steps":       (586_000,  645_000,     645_000,     800_000,    800_000),  # [ours] lsd
-    "warm_share":  (0.0,      10 / 11,     10 / 11,     0.5,        0.5),  # [ours] meanflow, lsd
-    "dropout":     (0.13,     0.13,        0.13,        0.2,        0.0),
-    "flip":        (0.0,      0.0,         0.0,         0.5,        0.5),  # [ours] lsd
-    "head":        (False,    True,        True,        True,       True),
-    "diagonal":    (1.0,      0.5,         0.5,         0.25,       0.5),
-    "clip":        (0.01,     0.01,        0.01,        math.inf,   1.0),
-    "half_life":   (50e6,     50e6,        50e6,        7.1e6,      1.8e6),  # images in the average
-    "decay_after": (math.inf, math.inf,    math.inf,    math.inf,   35_000),  # steps, then 1/sqrt
+    "method":      ("flow",   "shortcut",  "meanflow", "lsd"),
+    "condition":   (None,     "semigroup", "eulerian", "lagrangian"),
+    "optimizer":   ("RAdam",  "RAdam",     "Adam",     "RAdam"),
+    "lr":          (1e-4,     1e-4,        6e-4,       1e-4),
+    "batch_size":  (512,      512,         1024,       256),
+    "steps":       (586_000,  645_000,     800_000,    800_000),  # [ours] lsd
+    "warm_share":  (0.0,      10 / 11,     0.5,        0.5),  # [ours] meanflow, lsd
+    "dropout":     (0.13,     0.13,        0.2,        0.0),
+    "flip":        (0.0,      0.0,         0.5,        0.5),  # [ours] lsd
+    "diagonal":    (1.0,      0.5,         0.25,       0.5),
+    "clip":        (0.01,     0.01,        math.inf,   1.0),
+    "half_life":   (50e6,     50e6,        7.1e6,      1.8e6),  # images in the average
+    "decay_after": (math.inf, math.inf,    math.inf,   35_000),  # steps, then 1/sqrt
 }
 # fmt: on
-RECIPES = {name: {k: TABLE[k][i] for k in TABLE} for i, name in enumerate(TABLE["method"])}
+RECIPES = {}
+for i, method in enumerate(TABLE["method"]):
+    RECIPES[method] = {name: row[i] for name, row in TABLE.items()}
+RECIPES["shortcut-distill"] = RECIPES["shortcut"]  # which needs a teacher
 
 SIZES = {"cifar10": 32, "imagenet64": 64, "celeba64": 64}
-CELEBA_BOX = (19, 39, 159, 179)  # the central 140 pixels
-SOURCES = "www.cs.toronto.edu/~kriz, image-net.org or mmlab.ie.cuhk.edu.hk/projects/CelebA"
 STEP_COUNTS = (8, 4, 2, 1)
 ORACLE_STEPS = 64  # of the midpoint rule: 128 NFE
 ORACLE_RUNS = 8  # averaged, because one probe a step is noise of 0.05 bits/dim on 12x12 pixels
 FID_SAMPLES = 50_000
-CHUNK = 250  # images at a time in an evaluation
-SAVE_SECONDS = 15 * 60
+SAVE_SECONDS = 900
+EVERY = slice(None)
 
 
 # --------------------------------------------------------------------------- the options
-BadInput = argparse.ArgumentTypeError  # one sentence: what is wrong, what to type; exit code 2
-
-
-def require(right, sentence):
-    if not right:
-        raise BadInput(sentence)
-
-
-def between(low, high=math.inf):
-    """An argparse type: a number in [low, high], whole if low is."""
+def between(low, high):
+    """For argparse: a number in [low, high], whole if low is."""
 
     def number(text):
         value = type(low)(text)
-        require(low <= value <= high, f"{text} is not between {low} and {high}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
-    return number
+    return {"type": number}
 
 
-DEVICES = [d for d in ("cuda", "mps", "cpu") if torch.get_device_module(d).is_available()]
+COUNT = between(1, 10**7)
+WHOLE = between(0, 10**7)
+RATE = between(0.0, 1.0)
+FLAG = {"action": "store_true"}
+DEVICE = "cpu"
+if torch.accelerator.is_available():
+    DEVICE = torch.accelerator.current_accelerator().type
 
-# Options of an evaluation too. What is not typed is the checkpoint's, the method's or the default.
-EVALUATION = argparse.ArgumentParser(add_help=False)
-option = EVALUATION.add_argument
-option("--dataset", help="cifar10 (the default), imagenet64, celeba64 or a folder of images")
-option("--data", type=Path, default="data", help="where named data sets are or go; default data/")
-option("--teacher", metavar="CKPT", help="gives v and div v, and the oracle")
-option("--paper", action="store_true", help="the paper's objective; mirrored log p but for lsd")
-option("--seed", type=between(0, 2**64 - 1), default=0, help="default 0, with --eval CKPT's")
-option("--out", type=Path, help="default below runs/image/ or beside CKPT; a run there goes on")
-option("--device", choices=DEVICES, default=DEVICES[0], help=f"default here {DEVICES[0]}")
-option("--eval", type=Path, metavar="CKPT", help="no training: log p of --dataset's test images")
-option("--sample", type=between(1), metavar="N", help="with --eval: N images and their log p")
-option("--oracle-images", type=between(1), default=64, help="that the oracle measures; default 64")
-option("--guidance", type=between(1e-9, 10.0), help="with --eval: learning rate of self-guidance")
-option("--fid-network", type=Path, help="TorchScript, StyleGAN2-ADA's inception-2015-12-05.pt")
+# Name: default (None: the method's, the checkpoint's or nothing), what it may be, help.
+OPTIONS = {
+    "dataset": (
+        "cifar10",
+        {},
+        "cifar10 (the default), imagenet64, celeba64, in data/; or a folder",
+    ),
+    "method": ("meanflow", {"choices": RECIPES}, "default meanflow; flow: a teacher"),
+    "teacher": (None, {}, "CKPT that gives v and div v, and the oracle; read when a run starts"),
+    "init": (None, {}, "CKPT with weights to start from; default the teacher's"),
+    "no_divergence": (False, FLAG, "sampling only, without a head"),
+    "paper": (False, FLAG, "the paper's objective; mirrored log p but for lsd"),
+    "seed": (0, WHOLE, "default 0, with --sample CKPT's"),
+    "out": (None, {}, "default below runs/image/, or eval/ or sample/ beside CKPT"),
+    "device": (DEVICE, {"choices": (DEVICE, "cpu")}, f"default here {DEVICE}"),
+    "image_size": (None, between(4, 1024), "pixels a side, for a folder; default 32"),
+    "colours": (3, {"type": int, "choices": (1, 3)}, "1 reads images as grey; default 3"),
+    "channels": (128, COUNT, "of the U-Net; default 128"),
+    "blocks": (4, COUNT, "residual blocks a level; default 4"),
+    "dropout": (None, RATE, "probability; default the method's"),
+    "steps": (None, COUNT, "default the method's; more go on, at a rate that had fallen to 0"),
+    "warmup": (None, WHOLE, "steps of u alone; default the method's, 0 with --init"),
+    "batch_size": (None, COUNT, "images a step, in all; default the method's"),
+    "micro_batch": (128, COUNT, "images at a time in a process; default 128"),
+    "lr": (None, RATE, "learning rate; default the method's"),
+    "compile": (False, FLAG, "torch.compile the loss"),
+    "eval": (None, {}, "CKPT: no training, log p of --dataset's test images"),
+    "sample": (None, COUNT, "with --eval: so many images and their log p"),
+    "guidance": (None, RATE, "with --eval: learning rate of self-guidance"),
+    "oracle_images": (64, COUNT, "that the oracle measures; default 64"),
+    "fid_network": (None, {}, "TorchScript, StyleGAN2-ADA's inception-2015-12-05.pt"),
+}
+USED = {  # what has an effect in which mode
+    "train": set(OPTIONS) - {"sample", "guidance"},
+    "eval": "eval dataset out device micro_batch guidance oracle_images fid_network".split(),
+    "sample": "eval sample seed out device micro_batch guidance".split(),
+}
 
-PARSER = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, parents=[EVALUATION])
-PARSER.formatter_class = argparse.RawDescriptionHelpFormatter
-option = PARSER.add_argument
-option("--method", choices=RECIPES, default="meanflow", help="default meanflow; flow: a teacher")
-option("--no-divergence", dest="head", action="store_false", help="sampling only, without a head")
-option("--init", type=Path, metavar="CKPT", help="weights to start from; default the teacher's")
-option("--image-size", type=between(4), help="pixels a side, for a folder; default 32")
-option("--channels", type=between(4), default=128, help="of the U-Net; default 128")
-option("--blocks", type=between(1), default=4, help="residual blocks a level; default 4")
-option("--dropout", type=between(0.0, 0.9), help="probability; default the method's")
-option("--steps", type=between(1), help="of training; default the method's")
-option("--warmup", type=between(0), help="steps of u alone; default the method's, 0 with --init")
-option("--batch-size", type=between(1), help="images a step, in all; default the method's")
-option("--micro-batch", type=between(1), help="how many at a time in a process; default 128")
-option("--lr", type=between(1e-9, 1.0), help="learning rate; default the method's")
-option("--compile", action="store_true", help="torch.compile the loss")
+PARSER = argparse.ArgumentParser(
+    usage=argparse.SUPPRESS,
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    argument_default=argparse.SUPPRESS,
+)
+for name, (_, kind, text) in OPTIONS.items():
+    PARSER.add_argument("--" + name.replace("_", "-"), help=text, **kind)
 
-SHAPE = ("image_size", "colours", "channels", "blocks")  # a student's is its teacher's
-NETWORK = (*SHAPE, "paper", "dropout")
-CONFIG = (*NETWORK, "method", "head", "dataset", "seed", "batch_size", "lr", "warmup")
-CONFIG += ("teacher", "teacher_sha256", "init_sha256")  # the config of a checkpoint
+SHAPE = ("image_size", "colours", "channels", "blocks", "paper")  # a student's is its teacher's
+NETWORK = (*SHAPE, "dropout")
+RUN = (*NETWORK, "method", "head", "seed", "batch_size", "lr", "warmup")  # stays when it goes on
+
+
+def require(right, sentence):
+    """Ends the run, exit code 2, unless right. The sentence: what is wrong, what to type."""
+    if not right:
+        PARSER.error(sentence)
 
 
 # --------------------------------------------------------------------------- the network
@@ -138,29 +158,38 @@ class GroupNorm(nn.GroupNorm):
         return normed * self.weight[:, None, None] + self.bias[:, None, None]
 
 
-class Block(nn.Module):
-    """x [B, c_in, H, H], embedding [B, E] -> [B, c_out, H', H'], a residual of two convolutions."""
+def zero(layer):
+    """Every block starts as its skip."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
-    def __init__(self, c_in, c_out, embedding, dropout=0.0, attention=False, resize=None):
+
+class Block(nn.Module):
+    """x [B, c_in, H, H], embedding [B, c] -> [B, c, H', H'], a residual of two convolutions."""
+
+    def __init__(self, c_in, c, dropout, attention, resize):
         super().__init__()
         self.resize = resize or nn.Identity()
-        self.before = nn.Sequential(GroupNorm(c_in), nn.SiLU(), self.resize)
-        self.before.extend([nn.Conv2d(c_in, c_out, 3, padding=1), GroupNorm(c_out)])
-        self.modulate = nn.Linear(embedding, 2 * c_out)
-        self.after = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(c_out, c_out, 3, 1, 1))
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.qkv = nn.Sequential(GroupNorm(c_out), nn.Conv2d(c_out, 3 * c_out, 1))
-        self.merge = nn.Conv2d(c_out, c_out, 1)
-        for last in (*self.after[-1].parameters(), *self.merge.parameters()):
-            nn.init.zeros_(last)  # every block starts as its skip
-        if not attention:
-            self.qkv = self.merge = None
+        first = nn.Conv2d(c_in, c, 3, padding=1)
+        self.before = nn.Sequential(GroupNorm(c_in), nn.SiLU(), self.resize, first, GroupNorm(c))
+        self.modulate = nn.Linear(c, 2 * c)
+        second = zero(nn.Conv2d(c, c, 3, padding=1))
+        self.after = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), second)
+        self.skip = nn.Identity()
+        if c_in != c:
+            self.skip = nn.Conv2d(c_in, c, 1)
+        self.qkv = None
+        if attention:
+            self.qkv = nn.Sequential(GroupNorm(c), nn.Conv2d(c, 3 * c, 1))
+            self.merge = zero(nn.Conv2d(c, c, 1))
 
     def forward(self, x, embedding):
         scale, shift = self.modulate(embedding)[..., None, None].chunk(2, 1)
         x = self.skip(self.resize(x)) + self.after(self.before(x) * (1 + scale) + shift)
         if self.qkv is None:
             return x
+
         q, k, v = self.qkv(x).flatten(2).chunk(3, 1)  # [B, C, positions]
         # Written out, because torch's fused attention has no forward-mode derivative.
         weights = (q.transpose(1, 2) @ k / math.sqrt(q.shape[1])).softmax(2)
@@ -168,31 +197,43 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """x [B, colours, H, H], t and s [B] -> u like x, features [B, feature_dim]; DDPM++ of Song
-    et al., "Score-Based Generative Modeling through Stochastic Differential Equations"."""
+    """x [B, colours, H, H], t and s [B] -> u like x, features [B, feature_dim].
 
-    def __init__(self, image_size=32, channels=128, blocks=4, dropout=0.0, colours=3, paper=False):
+    In the manner of DDPM++ (Song et al., "Score-Based Generative Modeling through Stochastic
+    Differential Equations"): three sizes, H, H/2, H/4, with attention where an image is 16 wide."""
+
+    def __init__(self, image_size, colours, channels, blocks, paper, dropout):
         super().__init__()
-        if image_size % 4:
-            raise ValueError(f"image_size {image_size} is no multiple of 4.")
         self.paper = paper
         width = 2 * channels
-        times = nn.Linear(8 if paper else 10, width)
-        self.embed = nn.Sequential(times, nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.embed = nn.Sequential(
+            nn.Linear(8 if paper else 10, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
         self.stem = nn.Conv2d(colours, channels, 3, padding=1)
+
+        def add(blocks, c_in, attention, resize=None):
+            blocks.append(Block(c_in, width, dropout, attention, resize))
+
         self.down = nn.ModuleList()
+        self.middle = nn.ModuleList()
         self.up = nn.ModuleList()
-        skips = [channels]
-        attend = [image_size >> level == 16 for level in (0, 1, 2)]
+        skips = [channels]  # how many channels each has
         for level in (0, 1, 2):
-            for resize in [nn.AvgPool2d(2)] * (level > 0) + [None] * blocks:
-                self.down.append(Block(skips[-1], width, width, dropout, attend[level], resize))
+            attention = image_size == 16 * 2**level
+            if level > 0:
+                add(self.down, width, attention, nn.AvgPool2d(2))
                 skips.append(width)
-        self.middle = nn.ModuleList([Block(width, width, width, dropout, a) for a in (True, False)])
+            for _ in range(blocks):
+                add(self.down, skips[-1], attention)
+                skips.append(width)
+        add(self.middle, width, True)
+        add(self.middle, width, False)
         for level in (2, 1, 0):
-            for resize in [nn.Upsample(scale_factor=2)] * (level < 2) + [None] * (blocks + 1):
-                c_in = width if resize else width + skips.pop()
-                self.up.append(Block(c_in, width, width, dropout, attend[level], resize))
+            attention = image_size == 16 * 2**level
+            if level < 2:
+                add(self.up, width, attention, nn.Upsample(scale_factor=2))
+            for _ in range(blocks + 1):
+                add(self.up, width + skips.pop(), attention)
         self.norm = nn.Sequential(GroupNorm(width), nn.SiLU())
         self.out = nn.Conv2d(width, colours, 3, padding=1)
         self.feature_dim = 3 * width
@@ -202,11 +243,16 @@ class UNet(nn.Module):
         skips = [self.stem(x)]
         for block in self.down:
             skips.append(block(skips[-1], embedding))
-        h = self.middle[1](self.middle[0](skips[-1], embedding), embedding)
+
+        h = skips[-1]
+        for block in self.middle:
+            h = block(h, embedding)
         bottleneck = h.mean((2, 3))
+
         for block in self.up:
-            doubling = isinstance(block.resize, nn.Upsample)
-            h = block(h if doubling else torch.cat([h, skips.pop()], 1), embedding)
+            if not isinstance(block.resize, nn.Upsample):
+                h = torch.cat([h, skips.pop()], 1)
+            h = block(h, embedding)
         size = (h.square().mean((2, 3)) + 1e-4).log()  # log p hangs on it, and the norm forgets it
         h = self.norm(h)
         return self.out(h), torch.cat([bottleneck, h.mean((2, 3)), size], 1)
@@ -214,179 +260,185 @@ class UNet(nn.Module):
 
 def build(config, device):
     """The untrained joint flow map of a config."""
-    unet = UNet(**{k: config[k] for k in NETWORK})
+    unet = UNet(**{key: config[key] for key in NETWORK})
     return f2d2.JointFlowMap(unet, unet.feature_dim, config["head"], config["paper"]).to(device)
 
 
 # --------------------------------------------------------------------------- images
 def to_bytes(x):
     """Inverts dequantize."""
-    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+    return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
 
 
-def read_image(path, size, box=None):
-    """uint8 [H, H, 3], turned, on white, cropped to box and square. BadInput: pixels of 32 bits."""
-    image = ImageOps.exif_transpose(Image.open(path)).crop(box)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    require(image.mode not in ("I", "F"), "pixels of 32 bits, whose white is not known")
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return np.asarray(ImageOps.fit(image, (size, size), Image.BICUBIC))
+def progress(what, items):
+    """Gives the items one by one, and prints every half minute how far it is."""
+    said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - said > 30:
+            said = time.monotonic()
+            print(f"{what}: {done} of {len(items)}")
 
 
-def read_folder(folder, size):
-    """{path: image}: every file that is not hidden, once, links followed; says what it left out."""
-    paths = [folder / name for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True))]
-    paths = {path.resolve(): path for path in paths if path.is_file()}.values()
-    images = {}
-    left_out = {}
-    for path in paths:
-        try:
-            images[str(path)] = read_image(path, size)
-        except Exception as error:  # whatever a file may raise
-            reason = str(error) if isinstance(error, BadInput) else "no image that can be read"
-            left_out.setdefault(reason, []).append(path)
-    print(f"images: {folder}")
-    for reason, files in left_out.items():
-        print(f"left out {len(files)} of {len(paths)} files ({reason}), the first is {files[0]}")
-    return images
-
-
-def folder_splits(root, size, held_out):
-    """train and test {path: image}: the user's train/ with test/, val/ or valid/, in any case, or
-    about a tenth, by name, as the test split; without held_out test alone, the user's or all."""
-    folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
-    test = folders.get("test") or folders.get("val") or folders.get("valid")
-    if not held_out:
-        return {"test": read_folder(test or root, size)}
-    both = ("train" in folders) == bool(test)
-    require(both, f"{root} has only one of train/ and test/ (or val/): make both, or neither.")
-    if test:
-        return {"train": read_folder(folders["train"], size), "test": read_folder(test, size)}
-    print(f"about a tenth of {root}, chosen by name, is held out as test images")
-    train = read_folder(root, size)
-    digests = {path: hashlib.md5(os.fsencode(Path(path).name)).digest() for path in train}
-    last = max(bytes([25]), min(digests.values(), default=b""))  # 25 of 256
-    test = {path: train.pop(path) for path, digest in digests.items() if digest <= last}
-    return {"train": train, "test": test}
-
-
-def named_splits(dataset, root):
-    """train and test {index: image [H, H, 3]} of a published data set."""
+def to_square(image, size):
+    """A PIL image -> uint8 [size, size, 3]: turned as its EXIF block says, cropped to its middle,
+    on white. Raises whatever Pillow does, and ValueError."""
+    if image.mode[0] in "IF":
+        raise ValueError("more than 8 bits a colour: convert it first")
+    image.draft(None, (2 * size, 2 * size))  # a large JPEG: no more pixels than are needed
     try:
-        if dataset == "cifar10":
-            splits = [datasets.CIFAR10(root, train, download=True).data for train in (True, False)]
-        elif dataset == "celeba64":
-            splits = [[], [], []]  # train, validation, test
-            for name, part in np.loadtxt(root / "celeba/list_eval_partition.txt", str):
-                image = read_image(root / "celeba/img_align_celeba" / name, 64, CELEBA_BOX)
-                splits[int(part)].append(image)
-        else:  # one row an image, planes R, G, B; numpy refuses pickles
-            files = [[f"train_data_batch_{i}.npz" for i in range(1, 11)], ["val_data.npz"]]
-            rows = [np.concatenate([np.load(root / f)["data"] for f in split]) for split in files]
-            splits = [r.reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1) for r in rows]
-    except Exception as error:  # whatever half a download may raise
-        raise BadInput(f"{dataset} is not in {root} ({error}): see {SOURCES}.") from error
-    return {"train": dict(enumerate(splits[0])), "test": dict(enumerate(splits[-1]))}
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block, or pixels, which raise again below
+        pass
+    image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.BICUBIC)
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
 
 
-def load_data(dataset, root, size, colours=None, held_out=True):
-    """{"train": (uint8 [N, colours, H, H], names), "test": ...}. One colour if all in a folder are
-    grey and no checkpoint wants three; held_out as in folder_splits."""
-    named = dataset in SIZES
-    splits = named_splits(dataset, root) if named else folder_splits(Path(dataset), size, held_out)
-    coloured = named or any(np.ptp(i, 2).any() for part in splits.values() for i in part.values())
-    require(not coloured or colours != 1, f"{dataset} has colours, and the checkpoint knows grey.")
-    colours = colours or (3 if coloured else 1)
-    data = {}
-    for split, images in splits.items():
-        require(images, f"{dataset} holds no {split} images that can be read.")
-        array = torch.from_numpy(np.stack(list(images.values()))[..., :colours])
-        data[split] = array.permute(0, 3, 1, 2).contiguous(), list(images)
-    print(", ".join(f"{len(i)} {split}" for split, i in splits.items()), "images", flush=True)
-    return data
+def files_below(folder, seen):
+    """Every file that is not hidden, links followed, a folder once; and what cannot be entered."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.glob("[!.]*")):
+        if path.is_dir() and os.access(path, os.R_OK | os.X_OK):
+            yield from files_below(path, seen)
+        else:
+            yield path
+
+
+def read_folder(folder, size, share):
+    """uint8 [N, H, H, 3] and paths of the images below a folder; prints what it left out."""
+    paths = list(files_below(folder, set()))[share]
+    images = {}
+    notes = collections.defaultdict(list)
+    for path in progress(f"images of {folder}", paths):
+        try:
+            with Image.open(path) as image:
+                images[str(path)] = to_square(image, size)
+                if min(image.size) < size:
+                    notes["enlarged, so that their bits/dim are of interpolated pixels"] += [path]
+                if getattr(image, "n_frames", 1) > 1:
+                    notes["read in the first of several frames"] += [path]
+        except Exception as error:  # whatever a file may raise
+            notes[f"left out, {type(error).__name__}"] += [f"{path}: {error}"]
+
+    print(f"{len(images)} images of {folder}")
+    for note, files in notes.items():
+        print(f"{len(files)} of {len(paths)} files {note}; the first is {files[0]}")
+    require(images, f"{folder} holds no images that can be read.")
+    return np.stack(list(images.values())), list(images)
+
+
+def named_images(dataset, split, share):
+    """uint8 [N, H, H, 3] of a published data set."""
+    if dataset == "cifar10":
+        return datasets.CIFAR10("data", split == "train", download=True).data[share]
+
+    if dataset == "celeba64":
+        faces = datasets.CelebA("data", split)
+        box = (19, 39, 159, 179)  # the central 140 pixels
+        return np.stack([to_square(faces[i][0].crop(box), 64) for i in range(len(faces))[share]])
+
+    files = ["data/val_data.npz"]
+    if split == "train":
+        files = [f"data/train_data_batch_{i}.npz" for i in range(1, 11)]
+    # One row an image, planes R, G, B. A copy of the share, so that the rest can go.
+    rows = np.concatenate([np.load(f)["data"][share].copy() for f in files])
+    return rows.reshape(len(rows), 3, 64, 64).transpose(0, 2, 3, 1)
+
+
+def load_data(args, split, share=EVERY):
+    """uint8 [N, colours, H, H] of the "train" or "test" images, and their names; of every file a
+    share, for one of several processes. A folder has train/ and test/ in it; or, in an evaluation,
+    every image below it is a test image."""
+    if args.dataset in SIZES:
+        try:
+            images = named_images(args.dataset, split, share)
+        except Exception as error:  # whatever half a download may raise
+            where = "cs.toronto.edu/~kriz, image-net.org or mmlab.ie.cuhk.edu.hk/projects/CelebA"
+            PARSER.error(f"{args.dataset} is not in data/ ({error}): see {where}.")
+        names = range(len(images))
+    else:
+        folder = Path(args.dataset, split)
+        both = folder.is_dir() and folder.with_name("train").is_dir()
+        if args.eval and split == "test" and not both:
+            folder = Path(args.dataset)
+        what = f"{', '.join(SIZES)} or, to train, a folder with train/ and test/, by these names"
+        require(folder.is_dir(), f"{folder} is no folder: --dataset is {what}.")
+        images, names = read_folder(folder, args.image_size, share)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)[:, : args.colours].contiguous(), names
 
 
 # --------------------------------------------------------------------------- files
 def save(path, content):
     """Makes of content a file of path's kind, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
+        part = Path(folder, path.name)
+        try:
             if path.suffix == ".pt":
-                torch.save(content, file)
+                torch.save(content, part)
             elif path.suffix == ".png":  # uint8 [N, colours, H, H], eight in a row
-                utils.save_image(content / 255, file, "png", padding=1)
+                utils.save_image(content / 255, part)
             elif path.suffix == ".csv":
-                csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape")).writerows(content)
-            else:
-                finite = json.loads(json.dumps(content), parse_constant=lambda nan: None)
-                file.write(json.dumps(finite, indent=1).encode())
+                with open(
+                    part, "w", newline="", encoding="utf-8", errors="surrogateescape"
+                ) as file:
+                    csv.writer(file).writerows(content)
+            else:  # JSON knows no NaN
+                finite = json.loads(json.dumps(content), parse_constant=lambda constant: None)
+                part.write_text(json.dumps(finite, indent=1))
+        except RuntimeError as error:  # of torch.save
+            raise OSError(f"{path} cannot be written, is the disk full? ({error})") from error
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def frozen(state, device):
+    """The averaged network of a checkpoint, or of the teacher in it."""
+    flow = build(state["config"], device).eval().requires_grad_(False)
+    flow.load_state_dict(state["ema"])
+    return flow
 
 
 def load(path):
-    """A checkpoint and its averaged "network", frozen, on the CPU; never executes anything."""
+    """A checkpoint, on the CPU; never executes anything."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["sha256"] = sha256(path)
-        require(set(CONFIG) <= set(state["config"]), "its config is not whole")
-        state["network"] = build(state["config"], "cpu").eval().requires_grad_(False)
-        for part in ("flow", "ema"):  # the average, loaded last, stays
-            state["network"].load_state_dict(state[part])
-            sound = [w.dtype == torch.float32 and w.isfinite().all() for w in state[part].values()]
-            require(all(sound), "its weights are not finite numbers of 32 bits")
-        whole = type(state["step"]) is int and state["optimizer"]["param_groups"][0]["params"]
-        require(whole, "it has no step or no optimizer")
+        state = torch.load(path, "cpu", weights_only=True)
+        frozen(state, "cpu")
         return state
     except Exception as error:  # whatever may be in that file
-        raise BadInput(f"{path} is no checkpoint of this script ({error!r:.99}).") from error
+        PARSER.error(f"{path} is no checkpoint of this script ({error!r:.99}).")
 
 
 # --------------------------------------------------------------------------- training
-def draw(data, args, step, rank, world):
-    """This rank's x1, x0, t, s, eps of the global batch: a function of (seed, step), so that a run
-    that goes on, and any number of processes and pieces, sees the same."""
-    seed, dropout_seed = np.random.SeedSequence([args.seed, step]).generate_state(2)
-    torch.manual_seed(int(dropout_seed) + rank)
-    g = torch.Generator(args.device).manual_seed(int(seed))
-    size = {"size": (args.batch_size,), "device": args.device, "generator": g}
-    images = data[torch.randint(len(data), **size).to(data.device)].to(args.device)
-    flip = torch.rand(**size)[:, None, None, None] < args.flip
-    x1 = f2d2.dequantize(torch.where(flip, images.flip(3), images), generator=g)
-    x0 = torch.randn(x1.shape, device=args.device, generator=g)
-    t, s = f2d2.sample_times(x1, 0.0 if args.paper else 0.5, args.paper and args.forward, g)
+def prepare(args, source):
+    """What to train: as `source` left it if the run goes on, else from its averaged weights."""
+    torch.manual_seed(args.seed)
+    flow = build(vars(args), args.device)
+    if source:
+        flow.load_state_dict(source["ema"], strict=False)  # it may have no head
+    ema = copy.deepcopy(flow).eval().requires_grad_(False)
+    optimizer = getattr(torch.optim, args.optimizer)(flow.parameters(), args.lr)
+    parts = {"flow": flow, "ema": ema, "optimizer": optimizer}
+    if args.first:
+        for name, part in parts.items():
+            part.load_state_dict(source[name])
+    return parts
+
+
+def draw(images, args):
+    """A piece of the batch: x1 [n, colours, H, H]; and t, s [n] where the loss has others."""
+    n = args.batch_size // args.world // args.pieces
+    batch = images[torch.randint(len(images), (n,))]
+    flip = torch.rand(n) < args.flip
+    batch[flip] = batch[flip].flip(3)
+    batch = {"x1": f2d2.dequantize(batch.to(args.device))}
     if args.paper and args.method == "meanflow":  # 1 - t is logit-normal(-2, 2)
-        logits = torch.stack([torch.randn(**size), torch.randn(**size)])
-        t, s = torch.sigmoid(2 + 2 * logits).sort(0)[0]
-    eps = f2d2.hutchinson_probe(x1, "rademacher" if args.paper else "dct", g)
-    return [a[rank::world] for a in (x1, x0, t, s, eps)]
+        logits = 2 + 2 * torch.randn(2, n, device=args.device)
+        batch["t"], batch["s"] = torch.sigmoid(logits).sort(0).values
+    return batch
 
 
-def accumulate(objective, batch, n, count):
-    """Gradients and terms of the mean loss over the batch, in `count` pieces. The tangent condition
-    has the first n rows. A piece is every count-th row; a term counts by its share of the rows."""
-    totals = dict.fromkeys(("vm", "u", "div", "D"), 0.0)
-    for i in range(count):
-        piece = [a[i::count] for a in batch]
-        first = len(range(i, n, count))
-        losses = objective(*piece, diagonal=first / len(piece[0]))
-        rest = (len(piece[0]) - first) / (len(batch[0]) - n) if n < len(batch[0]) else 1.0
-        shares = {"vm": first / n, "div": first / n, "u": rest, "D": rest}
-        losses = {name: shares[name] * loss for name, loss in losses.items()}
-        sum(losses.values()).backward()
-        totals = {name: totals[name] + loss.detach() for name, loss in losses.items()}
-    return totals
-
-
-@torch.no_grad()
 def update(args, step, flow, ema, optimizer):
     """One step of optimizer and average from the gradients of all processes, whose norm returns."""
     # Learning rate: up for a twentieth or 10,000 steps; lsd's falls; [ours] to 0 at the end.
@@ -394,325 +446,318 @@ def update(args, step, flow, ema, optimizer):
     decay = (args.decay_after / step) ** 0.5
     end = math.inf if args.paper else 4 - 4 * (step - 1) / args.steps
     optimizer.param_groups[0]["lr"] = args.lr * min(1, ramp, decay, end)
-    if args.world > 1:
-        gradients = [p.grad for p in flow.parameters() if p.grad is not None]
-        mean = nn.utils.parameters_to_vector(gradients) / args.world
-        distributed.all_reduce(mean)
-        nn.utils.vector_to_parameters(mean, gradients)
+
+    for p in flow.parameters():
+        if args.world > 1 and p.grad is not None:
+            p.grad /= args.world
+            distributed.all_reduce(p.grad)
     norm = nn.utils.clip_grad_norm_(flow.parameters(), args.clip)
     optimizer.step()
+
     half_life = min(args.half_life, 0.05 * step * args.batch_size)  # in images
     new = 1 - 0.5 ** (args.batch_size / half_life)
-    torch._foreach_lerp_(list(ema.parameters()), list(flow.parameters()), new)
+    for average, p in zip(ema.parameters(), flow.parameters()):
+        average.lerp_(p.detach(), new)
     return norm
 
 
-def prepare(args, source):
-    """What to train, and its step: of --out's run, else of `source`; settles args.warmup."""
-    path = args.out / "latest.pt"
-    state = load(path) if path.exists() else None
-    if args.warmup is None:
-        share = 0 if args.init else args.warm_share
-        args.warmup = state["config"]["warmup"] if state else int(share * args.steps)
-    torch.manual_seed(args.seed)
-    flow = build(vars(args), args.device)
-    if source:
-        flow.load_state_dict(source["ema"], strict=False)  # it may have no head
-    parts = {"flow": flow, "ema": copy.deepcopy(flow).eval().requires_grad_(False)}
-    parts["optimizer"] = getattr(torch.optim, args.optimizer)(flow.parameters(), args.lr)
-    if state:
-        other = [k for k in CONFIG if state["config"][k] != vars(args)[k] and k != "teacher"]
-        require(not other, f"{args.out} holds a run of other {', '.join(other)}: change --out.")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    return parts, state["step"] if state else 0
+def sound(flow, ema, optimizer):
+    """Whether averages and moments are finite, and with them the weights; a loss can be without."""
+    tensors = list(ema.parameters())
+    for moments in optimizer.state.values():
+        tensors += moments.values()
+    return nn.utils.get_total_norm(tensors, math.inf).isfinite()
 
 
-def train(args, source, velocity, images):
-    """Trains to --steps, from where the run in --out is; saves by the clock and at the end."""
-    parts, first = prepare(args, source)
+def train(args, source):
+    """Trains to --steps, from where the run in --out is, and returns its last state. Writes it as
+    latest.pt, and progress.png."""
+    parts = prepare(args, source)
     flow = parts["flow"]
-    print(f"{sum(p.numel() for p in flow.parameters()):,} parameters; {vars(args)}", flush=True)
-    images = images.to(args.device) if images.numel() < 2**32 else images
+    teacher = None
+    if args.first:
+        teacher = source["teacher"]
+    elif args.teacher:
+        teacher = load(args.teacher)
+        teacher = {"config": teacher["config"], "ema": teacher["ema"]}
+    config = vars(args) | {"out": str(args.out)}
+    print(config)
+
+    images, _ = load_data(args, "train", slice(args.rank, None, args.world))
     loss = torch.compile(f2d2.f2d2_loss) if args.compile else f2d2.f2d2_loss
     headless = f2d2.JointFlowMap(flow.backbone, flow.feature_dim, divergence_head=False)
+    velocity = teacher and frozen(teacher, args.device).velocity
+    how = {key: vars(args)[key] for key in ("condition", "diagonal", "probe", "paper")}
 
-    def objective(x1, x0, t, s, eps, diagonal):
-        f = flow if step > args.warmup else headless
-        draws = {"x0": x0, "t": t, "s": s, "probe": eps, "diagonal": diagonal}
-        return loss(f, x1, args.condition, velocity, paper=args.paper, **draws)
-
-    # Every piece has rows of the tangent condition, n in all, and of the others.
-    share = args.batch_size // args.world
-    n = max(1, round(args.diagonal * share))
-    most = min(n, share - n) or share  # flow has no others
-    pieces = min(math.ceil(share / args.micro_batch), most)
-    began = saved = time.time()
-    step = first + 1
-    while step <= args.steps:
+    state = source
+    saved = -math.inf
+    began = time.monotonic()
+    for step in range(args.first + 1, args.steps + 1):
+        # A function of (seed, step, process), so that a run that goes on sees the same.
+        torch.manual_seed((args.seed << 40) + (step << 12) + args.rank)
         flow.zero_grad()
-        try:
-            batch = draw(images, args, step, args.rank, args.world)
-            losses = accumulate(objective, batch, n, pieces)
-        except RuntimeError as error:
-            if "out of memory" not in str(error):  # Apple's GPU raises no OutOfMemoryError
-                raise
-            require(pieces < most, "out of memory at the smallest piece: lower --channels.")
-            pieces = min(2 * pieces, most)
-            print(f"out of memory: {math.ceil(share / pieces)} images at a time from here on")
-            continue
-        losses["grad"] = update(args, step, **parts)
+        for _ in range(args.pieces):
+            f = flow if step > args.warmup else headless
+            losses = loss(f, teacher=velocity, **draw(images, args), **how)
+            (sum(losses.values()) / args.pieces).backward()
+        norm = update(args, step, **parts)
 
-        due = args.rank == 0 and (step == args.steps or time.time() - saved > SAVE_SECONDS)
-        if due or step % max(1, min(100, args.steps // 50)) == 0:
-            finite = torch.stack(list(losses.values())).isfinite().all()
-            require(finite, f"the loss is not finite at step {step}: lower --lr, in another --out.")
-            terms = " ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            speed = (step - first) / (time.time() - began)
-            line = f"{step}/{args.steps}: {terms} | {args.batch_size * speed:.0f} images/s"
-            print(f"{line}, {(args.steps - step) / speed:.0f} s left", flush=True)
+        now = time.monotonic()
+        due = args.rank == 0 and (step == args.steps or now - saved > SAVE_SECONDS)
+        if due or step % 100 == 0:
+            what = f"step {step} made weights that are no numbers: lower --lr, in another --out."
+            require(sound(**parts), what)
+            line = " ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            left = (args.steps - step) * (now - began) / (step - args.first)
+            print(f"{step}/{args.steps}: {line} grad {norm:.4g} | {left:.0f} s left")
         if due:
-            state = {"config": {k: vars(args)[k] for k in CONFIG}, "step": step}
+            state = {"config": config, "step": step, "teacher": teacher}
             state |= {name: part.state_dict() for name, part in parts.items()}
             save(args.out / "latest.pt", state)
             save(args.out / "progress.png", sheet(args, parts["ema"]))
-            saved = time.time()
-        step += 1
+            saved = now
+    return state
 
 
 # --------------------------------------------------------------------------- evaluation
 def few_steps(args, flow, x0, k):
     """Images, and their log p if there is a head, in k steps from x0, which --guidance moves."""
     if args.guidance:
-        x0 = torch.cat([f2d2.self_guidance(flow, a, args.guidance) for a in x0.split(32)])
+        x0 = f2d2.self_guidance(flow, x0, args.guidance)
     if args.method == "flow":  # no few-step map: Euler steps
         return f2d2.ode_sample(flow.velocity, x0, k, euler=True), None
     return f2d2.sample(flow, x0, k)
 
 
-def noise(args, n, seed=0):
+def noise(args, n):
     shape = (n, args.colours, args.image_size, args.image_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
 
 
 def sheet(args, flow):
     """Images of the same noise, a row for each number of steps."""
     x0 = noise(args, 8).to(args.device)
-    return to_bytes(torch.cat([few_steps(args, flow, x0, k)[0] for k in STEP_COUNTS]))
+    rows = [few_steps(args, flow, x0, k)[0] for k in STEP_COUNTS]
+    return to_bytes(torch.cat(rows))
 
 
-def chunked(args, what, x, function, first, *options):
-    """function(first, x, *options), some images at a time; says at times how long it will take."""
-    began = said = time.time()
+def chunked(args, x, function, model, *options):
+    """function(model, x, *options) in float64, --micro-batch images at a time."""
     results = []
-    for part in x.split(CHUNK):
-        results.append(function(first, part.to(args.device), *options).cpu())
-        if time.time() - said > 30:
-            said = time.time()
-            done = len(results) / math.ceil(len(x) / CHUNK)
-            print(f"{what}: {done:.0%}, {(said - began) * (1 / done - 1):.0f} s left", flush=True)
-    return torch.cat(results).double()
+    for part in progress(function.__name__, x.split(args.micro_batch)):
+        results.append(function(model, part.to(args.device), *options).cpu())
+    return torch.cat(results).double().numpy()
+
+
+def x0_of(velocity, x1):
+    """Where the oracle's path from x1 ends: the ODE and its grid with time reversed."""
+    times = 1 - f2d2.time_grid(ORACLE_STEPS, x1, geometric=True)
+    return f2d2.ode_sample(lambda x, t: -velocity(x, 1 - t), x1, times)
 
 
 def frechet_distance(a, b):
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features a, b [N, F]."""
-    S_a, S_b = a.T.cov(), b.T.cov()
-    cross = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross).item()
+    S_a, S_b = np.cov(a.T), np.cov(b.T)
+    cross = np.sqrt(np.linalg.eigvals(S_a @ S_b).real.clip(0)).sum()
+    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(S_a + S_b) - 2 * cross
 
 
-def fid(args, flow, images):
-    """{steps: FID against these images}."""
-    inception = torch.jit.load(str(args.fid_network), args.device).eval()
+def fid(args, flow):
+    """{steps: FID against the training images}."""
+    inception = torch.jit.load(args.fid_network, args.device).eval()
+    images, _ = load_data(args, "train")
+    print(f"FID against {len(images)} images; fewer than 2,048 say little, and one nothing")
 
-    def features(k, x):
-        made = to_bytes(few_steps(args, flow, x, k)[0]) if k else x
-        return inception(made.expand(-1, 3, -1, -1), return_features=True)
+    def features(flow, x, k=None):
+        if k:
+            x = to_bytes(few_steps(args, flow, x, k)[0])
+        return inception(x.expand(-1, 3, -1, -1), return_features=True)
 
-    real = chunked(args, "FID, train images", images, features, None)
+    real = chunked(args, images, features, flow)
     x0 = noise(args, FID_SAMPLES)
-    made = {k: chunked(args, f"FID, {k} steps", x0, features, k) for k in STEP_COUNTS}
-    return {k: frechet_distance(real, made[k]) for k in STEP_COUNTS}
+    distances = {}
+    for k in STEP_COUNTS:
+        made = chunked(args, x0, features, flow, k)
+        distances[k] = frechet_distance(real, made)
+    return distances
 
 
-@torch.no_grad()
-def evaluate(args, flow, velocity, data, about):
-    """bits/dim of the test images at 8, 4, 2, 1 steps, errors against the oracle, FID. Writes
-    metrics.json, log_p.csv, extremes.png (likeliest first) and samples.png (a row a step count)."""
-    images, names = data["test"]
+def evaluate(args, source, data):
+    """bits/dim of the test images at 8, 4, 2, 1 steps, errors against the oracle on some of them;
+    FID. Writes log_p.csv, extremes.png (likeliest first), samples.png (a row a step count) and
+    metrics.json, where bpd_oracle is of the oracle's images, and energy is |x_0|^2/d where the
+    oracle's path ends: 1 is right."""
+    images, names = data
+    flow = frozen(source, args.device)
+    velocity = frozen(source["teacher"] or source, args.device).velocity
+    whose = "its teacher's ODE" if source["teacher"] else "its own ODE"
+    distances = fid(args, flow) if args.fid_network else {}
+
     torch.manual_seed(0)  # of the probes; the bytes' noise depends on an image's row alone
     x = f2d2.dequantize(images, generator=torch.Generator().manual_seed(0))
-    some = torch.linspace(0, len(x) - 1, min(args.oracle_images, len(x))).long()
+    some = np.linspace(0, len(x) - 1, min(args.oracle_images, len(x)), dtype=int)
 
-    def mean(bpd):
-        return {"bpd": bpd.mean().item(), "se": (bpd.std() / len(bpd) ** 0.5).item()}
-
-    ode = (f2d2.ode_log_likelihood, velocity, ORACLE_STEPS, "rademacher" if args.paper else "dct")
-    runs = [chunked(args, f"oracle {i}", x[some], *ode) for i in range(1, ORACLE_RUNS + 1)]
-    oracle = f2d2.bits_per_dim(torch.stack(runs).mean(0), x[0].numel())
-    distances = fid(args, flow, data["train"][0]) if args.fid_network else {}
-    columns = {}
-    rows = {}
+    d = x[0].numel()
+    runs = x[some].repeat(ORACLE_RUNS, 1, 1, 1)
+    oracle = chunked(args, runs, f2d2.ode_log_likelihood, velocity, ORACLE_STEPS, args.probe)
+    oracle = f2d2.bits_per_dim(oracle.reshape(ORACLE_RUNS, -1).mean(0), d)
+    x0 = chunked(args, x[some], x0_of, velocity)
+    rows = {"oracle": {"bpd": oracle.mean(), "energy": (x0**2).mean()}}
+    columns = {"oracle": np.full(len(x), np.nan)}
+    columns["oracle"][some] = oracle
     for k in STEP_COUNTS:
-        rows[k] = {"nfe_sample": k + 2 * bool(args.guidance), "fid": distances.get(k)}
+        rows[k] = {"fid": distances[k]} if distances else {}
         if args.head:
-            log_p = chunked(args, f"{k} steps", x, f2d2.log_likelihood, flow, k, args.mirror)
-            bpd = f2d2.bits_per_dim(log_p, x[0].numel())
-            columns[f"{k} steps"] = bpd.tolist()
+            log_p = chunked(args, x, f2d2.log_likelihood, flow, k, args.mirror)
+            bpd = f2d2.bits_per_dim(log_p, d)
+            columns[f"{k} steps"] = bpd
             error = bpd[some] - oracle
-            corr = torch.corrcoef(torch.stack([bpd[some], oracle]))[0, 1]
-            rows[k] |= mean(bpd) | {"gap": error.mean().item(), "corr": corr.item()}
-            rows[k]["mae_oracle"] = error.abs().mean().item()
+            rows[k] |= {
+                "bpd": bpd.mean(),
+                "bpd_oracle": bpd[some].mean(),
+                "gap": error.mean(),
+                "mae_oracle": np.abs(error).mean(),
+                "corr": np.corrcoef(bpd[some], oracle)[0, 1],
+            }
 
-    known = dict(zip(some.tolist(), oracle.tolist()))
-    columns["oracle"] = [known.get(i, "") for i in range(len(x))]
-    save(args.out / "log_p.csv", [["image", *columns], *zip(names, *columns.values())])
     if args.head:
-        order = np.argsort(columns[f"{STEP_COUNTS[0]} steps"])
+        order = columns[f"{STEP_COUNTS[0]} steps"].argsort()
         save(args.out / "extremes.png", images[np.r_[order[:32], order[-32:]]])
     save(args.out / "samples.png", sheet(args, flow))
-    whose = f"the ODE of {args.teacher}" if args.teacher else "its own ODE"
-    slow = mean(oracle) | {"of": whose, "nfe": 2 * ORACLE_STEPS * ORACLE_RUNS, "images": len(some)}
-    save(args.out / "metrics.json", about | {"images": len(x), "steps": rows, "oracle": slow})
+    save(args.out / "log_p.csv", [["image", *columns], *zip(names, *columns.values())])
+    about = {
+        "dataset": args.dataset,
+        "guidance": args.guidance,
+        "images": len(x),
+        "oracle_images": len(some),
+        "oracle": whose,
+        "steps": rows,
+        "step": source["step"],
+        "config": source["config"],
+    }
+    save(args.out / "metrics.json", about)
 
-    print(f"\n{args.dataset}: {len(x)} images, step {about['step']}; oracle: {whose}")
-    print("  steps bits/dim       se      gap |-oracle|     corr      FID")
-    for k, row in {"oracle": slow, **rows}.items():
-        cells = [row.get(key) for key in ("bpd", "se", "gap", "mae_oracle", "corr", "fid")]
-        print(f"{k:>7}", *("-".rjust(8) if c is None else f"{c:8.3f}" for c in cells))
+    print(f"\n{args.dataset}: {len(x)} images, step {source['step']}; oracle: {whose}")
+    for k, row in rows.items():
+        print(f"{k:>7}", *(f"{name} {value:.3f} " for name, value in row.items()))
 
 
-def write_samples(args, flow, about):
+def write_samples(args, source):
     """--sample N: N images as PNG, and samples.csv with log p of each in nats."""
+    flow = frozen(source, args.device)
     k = STEP_COUNTS[0]
     rows = [["image", "log_likelihood", "sample"]]
-    for x0 in noise(args, args.sample, args.seed).split(CHUNK):
+    for x0 in progress("samples", noise(args, args.sample).split(args.micro_batch)):
         x1, own = few_steps(args, flow, x0.to(args.device), k)
         log_p = f2d2.log_likelihood(flow, x1, k, args.mirror)
         for image, *values in zip(to_bytes(x1), log_p.tolist(), own.tolist()):
             rows.append([f"{len(rows) - 1:05d}.png", *values])
-            save(args.out / rows[-1][0], image[None])
+            save(args.out / rows[-1][0], image)
     save(args.out / "samples.csv", rows)
-    save(args.out / "metrics.json", about | {"steps": k, "nfe": k + 2 * bool(args.guidance)})
     print(f"{args.sample} images in {k} steps, and samples.csv, are in {args.out}")
 
 
 # --------------------------------------------------------------------------- the command line
 def parse(argv):
-    """All that a run is: as typed, else as in its checkpoint, else the method's, else the default;
-    and the checkpoints, each read once: what it evaluates or starts from, and the teacher."""
-    typed = PARSER.parse_args(argv)
-    training = EVALUATION.parse_known_args(argv)[1]  # what an evaluation does not know
-    require(not (typed.eval and training), f"of no use with --eval: {' '.join(training)}.")
-    require(typed.eval or not (typed.sample or typed.guidance), "--sample, --guidance need --eval.")
-    others = typed.dataset or typed.teacher or typed.fid_network
-    require(not (typed.sample and others), "--sample has no --dataset, --teacher, --fid-network.")
-    teacher = load(typed.teacher) if typed.teacher else None
-    path = typed.eval or typed.init
-    source = load(path) if path else teacher
-    keys = CONFIG if typed.eval else SHAPE
-    config = {k: source["config"][k] for k in keys if source}
-    if typed.eval and not (typed.sample or teacher) and os.path.isfile(config["teacher"] or ""):
-        same = sha256(config["teacher"]) == config["teacher_sha256"]
-        teacher = load(config["teacher"]) if same else None
+    """All that a run is: as typed, else as in its checkpoint, else the method's, else the default.
+    And the checkpoint that it evaluates, goes on from or starts from, or None."""
+    typed = vars(PARSER.parse_args(argv))  # what was typed, and nothing else
+    defaults = {name: row[0] for name, row in OPTIONS.items()}
+    args = argparse.Namespace(**defaults | typed)
+    mode = "train"
+    run = f"{Path(args.dataset).resolve().name}-{args.method}{'-paper' * args.paper}-{args.seed}"
+    out = Path("runs/image", run)
+    if args.eval:
+        mode = "sample" if args.sample else "eval"
+        out = Path(args.eval).with_name(mode)
+    for name in typed:
+        option = name.replace("_", "-")
+        require(name in USED[mode], f"--{option} has no effect here, to {mode}: drop it.")
 
-    known = {"dataset": "cifar10", "colours": None} | RECIPES[config.get("method", typed.method)]
-    # argparse sets its defaults only where the namespace has nothing yet; what is typed wins.
-    args = PARSER.parse_args(argv, argparse.Namespace(**known | config))
-    args.teacher = teacher and str(Path(args.teacher).resolve())
-    args.teacher_sha256 = teacher and teacher["sha256"]
-    args.init_sha256 = source and source["sha256"]
+    out = Path(args.out or out)
+    path = args.eval or args.init or args.teacher
+    goes_on = not args.eval and (out / "latest.pt").exists()
+    if goes_on:
+        path = out / "latest.pt"
+    source = load(path) if path else None
+    keys = (*RUN, "dataset") if args.eval or goes_on else SHAPE
+    saved = {key: source["config"][key] for key in keys if source}
+
+    recipe = RECIPES[saved.get("method", args.method)]
+    args = argparse.Namespace(**defaults | recipe | saved | typed)
+    args.out = out
+    args.first = source["step"] if goes_on else 0
+    args.probe = "rademacher" if args.paper else "dct"
     args.image_size = args.image_size or SIZES.get(args.dataset, 32)
-    args.mirror = args.paper and args.forward
-    args.rank = int(os.environ.get("RANK", 0))
-    args.world = int(os.environ.get("WORLD_SIZE", 1))
-    args.micro_batch = args.micro_batch or min(128, args.batch_size // args.world)
-    args.dataset = args.dataset if args.dataset in SIZES else str(Path(args.dataset).resolve())
-    args.held_out = not args.eval or args.dataset in (*SIZES, config["dataset"])
-    name = "samples" if args.sample else Path(args.dataset).name
-    trained = Path("runs/image", f"{name}-{args.method}-{args.seed}")
-    default = args.eval.parent / f"eval-{name}-{source['step']}" if args.eval else trained
-    args.out = args.out or default
-    return args, source, teacher
+    args.mirror = args.paper and args.condition in ("semigroup", "eulerian")  # taught forward
+    if args.warmup is None:
+        args.warmup = 0 if args.init else int(args.warm_share * args.steps)
+    args.rank = 0
+    args.world = 1
+    if distributed.is_torchelastic_launched():
+        args.rank = int(os.environ["RANK"])
+        args.world = int(os.environ["WORLD_SIZE"])
+    args.pieces = math.ceil(args.batch_size / args.world / args.micro_batch)
+    if not args.eval:
+        args.head = args.method != "flow" and not args.no_divergence
+        other = [key for key in RUN if saved.get(key, vars(args)[key]) != vars(args)[key]]
+        what = f"{path} has other {', '.join(other)}"
+        require(not other, f"{what}: type the same, or name another --out, --init or --teacher.")
+    return args, source
 
 
-def check(args, source, teacher):
-    """Refuses what cannot work, before anything is written."""
-    started = args.world == 1 or ("RANK" in os.environ and not args.eval)
-    require(started, "WORLD_SIZE is set: train with torchrun, evaluate without it, or unset it.")
-    if args.dataset not in SIZES and not args.sample:
-        found = Path(args.dataset).is_dir()
-        require(found, f"{args.dataset} is no folder: name one, or {', '.join(SIZES)}.")
-        inside = args.out.resolve().is_relative_to(args.dataset)
-        require(not inside, f"{args.out} is inside --dataset, to be read: name another --out.")
-    side = SIZES.get(args.dataset, args.image_size)
-    require(side == args.image_size, f"--image-size {args.image_size}: {args.dataset} has {side}.")
-    require(side % 4 == 0, "--image-size must be a multiple of 4.")
-    share, rest = divmod(args.batch_size, args.world)
-    require(not rest, f"--batch-size {args.batch_size} is no multiple of {args.world} processes.")
-    require(args.micro_batch <= share, f"--micro-batch is at most a process's share, {share}.")
-    require(args.head or not (args.sample or args.guidance), "--sample and --guidance need a head.")
-    network = not args.fid_network or b"/code/" in args.fid_network.read_bytes()
-    require(network, f"{args.fid_network} is no TorchScript network.")
-    require(args.held_out or not args.fid_network, "--fid-network needs the training data set.")
-    goes_on = not args.eval and (args.out / "latest.pt").exists()
-    done = (args.out / "metrics.json").exists() and not goes_on
-    require(not done, f"{args.out} holds an evaluation already: name another --out.")
-    other = [k for k in SHAPE[:2] if teacher and teacher["config"][k] != vars(args)[k]]
-    require(not other, f"{args.teacher} has other {', '.join(other)}.")
+def check(args):
+    """Refuses what cannot work, before anything is read or written."""
+    size = SIZES.get(args.dataset, args.image_size)
+    fits = size == args.image_size and size % 4 == 0
+    require(fits, f"--image-size {args.image_size} is no multiple of 4, or not {args.dataset}'s.")
+    fresh = not any(args.out.glob("*.[cjp]*"))  # csv, json, png or pt
+    require(args.first or fresh, f"{args.out} holds files already: name another --out.")
     if args.eval:
         return
-    taught = args.teacher or args.method != "shortcut-distill"
+
+    unit = args.world * args.pieces  # processes times pieces
+    require(args.batch_size % unit == 0, f"--batch-size or --micro-batch: no multiple of {unit}.")
+    require(args.warmup < args.steps, "--warmup must be below --steps.")
+    taught = args.first or args.teacher or args.method != "shortcut-distill"
     require(taught, "shortcut-distill needs --teacher CKPT, a latest.pt of --method flow.")
-    alone = not args.teacher or args.method not in ("flow", "shortcut")
-    require(alone, f"--method {args.method} has no teacher: drop it, or use shortcut-distill.")
-    other = [k for k in (*SHAPE, "paper") if source and source["config"][k] != vars(args)[k]]
-    require(not other, f"{args.init or args.teacher} has other {', '.join(other)}.")
-
-
-def run(args, source, teacher):
-    """Trains, but for --eval, and evaluates or samples."""
-    velocity = teacher and teacher["network"].to(args.device).velocity
-    if not args.sample:
-        with open(args.out / ".turn", "w") as turn:
-            if args.dataset == "cifar10":  # the first of several processes downloads
-                fcntl.flock(turn, fcntl.LOCK_EX)
-            data = load_data(args.dataset, args.data, args.image_size, args.colours, args.held_out)
-        args.colours = data["test"][0].shape[1]
-    if not args.eval:
-        train(args, source, velocity, data["train"][0])
-    if args.rank == 0:
-        state = source if args.eval else load(args.out / "latest.pt")
-        flow = state["network"].to(args.device)
-        about = {k: vars(args)[k] for k in ("dataset", "seed", "mirror", "guidance")}
-        about |= {k: state[k] for k in ("step", "sha256", "config")}
-        if args.sample:
-            write_samples(args, flow, about)
-        else:
-            evaluate(args, flow, velocity or flow.velocity, data, about)
 
 
 def main(argv=None):
+    args, source = parse(argv)
+    check(args)
     try:
-        args, source, teacher = parse(argv)
-        check(args, source, teacher)
-        args.out.mkdir(parents=True, exist_ok=True)
-        if args.world > 1:
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        if args.rank > 0:
-            sys.stdout = open(os.devnull, "w")
-        with open(args.out / f".lock-{args.rank}", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            run(args, source, teacher)
-    except BlockingIOError:
-        PARSER.error(f"another process works in {args.out}: use another --out.")
-    except torch.OutOfMemoryError:
-        PARSER.error("out of memory: lower --oracle-images in an evaluation, else --channels.")
-    except (BadInput, OSError) as error:
-        PARSER.error(" ".join(str(error).splitlines()))
+        run(args, source)
+    except KeyboardInterrupt:
+        PARSER.exit(130, f"stopped: the same command goes on from what {args.out} holds.\n")
+    except (OSError, ValueError) as error:
+        PARSER.error(str(error).replace("\n", " "))
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        PARSER.error("out of memory: lower --micro-batch, --channels or --sample.")
+
+
+def run(args, source):
+    """Trains, but for --eval; the first of several processes evaluates or samples."""
+    if args.rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    elif not args.sample:
+        data = load_data(args, "test")
+    os.makedirs(args.out, exist_ok=True)
+    if args.world > 1 and not args.eval:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group(timeout=datetime.timedelta(hours=4))
+        distributed.barrier()  # until the first process has downloaded what there is to download
+    if not args.eval:
+        source = train(args, source)
+    if args.sample and args.rank == 0:
+        write_samples(args, source)
+    elif args.rank == 0:
+        evaluate(args, source, data)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # any file name
     main()
