@@ -10,7 +10,14 @@ One network jumps along two coupled ODEs at once, y = (x, z) with z the change o
 
   dx/dt = v(x,t),  dz/dt = -div v(x,t)       is solved by       Phi_Y(y,t,s) = y + (s-t) f(x,t,s)
 
-Conventions: a silent clash of these is the most repeated bug of this family.
+In short, with a network of your own, backbone(x, t, s) -> (u, features):
+
+  flow = JointFlowMap(backbone, feature_dim)
+  loss = sum(f2d2_loss(flow, x1, "eulerian").values())  # or a teacher's velocity, 4th argument
+  x1, log_p = sample(flow, x0, steps=2)
+  log_p = log_likelihood(flow, x1, steps=2)
+
+Conventions, a silent clash of which is the most repeated bug of flow code:
 
   code                shape         paper     meaning
   x                   [B, ...]      x_t       state at time t: t = 0 noise N(0, I), t = 1 data,
@@ -23,15 +30,16 @@ Conventions: a silent clash of these is the most repeated bug of this family.
                                               too, yet trains D on +div; both published codes train
                                               +div and subtract it
   f = flow(x, t, s)   (u, D)        f         average rates of the joint map; (u,) without a head
-  v = velocity(x, t)  [B, ...]      v(x,t)    instantaneous velocity, E[x_1 - x_0 | x_t = x]
+  v = velocity(x, t)  [B, ...]      v(x,t)    instantaneous velocity, E[x_1 - x_0 | x_t = x]; as an
+                                              argument v the sample x_1 - x_0, whose mean that is
   g(x, t)             (v, -div v)             rates of the coupled ODEs; (v,) without a head
-  (v, *g[1:])                                 v in place of g's velocity, and -div v if it is there
+  (v, *here[1:])      (v, -div v)             the same with that sample in the velocity's place
   log_p               [B]                     nats per example (bits_per_dim converts)
 
 Arguments come in the order (x, t, s), then `context` [B, ...], what the network is conditioned on:
 labels, observations. A `flow` is any callable (x, t, s) -> (u, D) or (u,). [ours] marks what is not
-in the paper; paper=True, of JointFlowMap and f2d2_loss, undoes it, but for what has its own option:
-probe, robust, euler, and the lr of self_guidance.
+in the paper. paper=True of JointFlowMap and f2d2_loss switches it off, or an option of its own:
+probe, robust, euler, lr. Shapes are checked everywhere; values, such as NaN, on the CPU alone.
 """
 
 import math
@@ -49,6 +57,8 @@ class JointFlowMap(nn.Module):
     """Phi_Y(y,t,s) = y + (s-t) f(x,t,s): y = (x, z), z the change of log p; its x part is Phi_X.
 
     backbone(x, t, s, *context) -> u [B, ...], features [B, feature_dim], each example by itself.
+    features: what the head reads, say the last hidden layer, a mean over pixels. The Eulerian and
+    the Lagrangian condition differentiate the backbone by torch.func's jvp and vjp.
 
     The head makes D of the features, d being the size of x:
       h = head(features, t, s)
@@ -95,7 +105,7 @@ class JointFlowMap(nn.Module):
         return u, math.prod(x.shape[1:]) * rate
 
     def velocity(self, x, t, *context):
-        """v(x,t) = u(x,t,t) [B, ...], the average over no time at all; the head does not run.
+        """v(x,t) = u(x,t,t) [B, ...]; the head does not run.
 
         t is [B] or, as ODE solvers call it, []; a solver's t may lie beyond [0, 1] too."""
         _check(x)
@@ -117,9 +127,10 @@ class JointFlowMap(nn.Module):
 
 
 def phi(y, h, rates):
-    """y + h rates, part by part: Phi_Y(y,t,s) for y = (x, z), h = s-t [B] and rates = f(x,t,s).
+    """y + h rates, part by part, h [B]: Phi_Y(y,t,s) for y = (x, z), h = s-t, rates = f(x,t,s).
 
-    Both may have one part alone. ValueError where a rate is not shaped as what it moves."""
+    The conditions add g and h df/dt with it. Both tuples may have one part alone. ValueError where
+    two parts differ in shape."""
     moved = []
     for a, rate, name in zip(y, rates, "uD"):
         _check_like(rate, a, name)
@@ -134,10 +145,11 @@ def divergence(velocity, x, t, probe="rademacher", generator=None):
     probe: "exact"       over the d unit vectors
            "rademacher"  eps of random signs (FFJORD)
            "dct"         [ours] random signs in a DCT basis, in which dv/dx of photographs is nearly
-                         diagonal: measured, 3-8 times less variance there, but 3.6 times more on
-                         drawings near the data, where dv/dx is diagonal in pixels
+                         diagonal: 3-8 times less variance there, as measured, but 3.6 times more
+                         near t = 1 on Fashion-MNIST, where black pixels make dv/dx diagonal
            eps           itself, like x
-    ValueError for another probe or a velocity of another shape than x, and under autocast."""
+    ValueError for another probe or a velocity of another shape than x, and under autocast. A
+    velocity with torch.no_grad inside has the divergence 0."""
     _check(x)
     _check_times(t, x)
     _check_probe(probe, x)
@@ -178,9 +190,9 @@ def residual_divergence(v, difference, t):
 
     -div v(x,t) = E[ (d - t |x_1 - x_0 - v|^2) / (1-t) | x_t = x ]    if v = E[x_1 - x_0 | x_t = x]
 
-    So the residual of L_VM is a target for L_div, as x_1 - x_0 is one for v. It is exact only where
+    So the residual of L_VM is a target for L_div, as x_1 - x_0 is one for v. It is right only where
     v is: an error e of v lowers D by t |e|^2 / (1-t), so that bits/dim are an upper estimate, not
-    the ODE's."""
+    the ODE's. 1-t is at least 0.001 here."""
     residual = difference - v
     d = v[0].numel()
     return (d - t * _dot(residual, residual)) / (1 - t).clamp(min=1e-3)
@@ -211,8 +223,8 @@ def tangent(f, g, x, t, v=None, residual=False):
 
     f(x,t,t) = g(x,t)
 
-    A given v = x_1 - x_0 replaces g's velocity in u's target, whose mean stays, because E[v|x] is
-    the velocity. residual: no g, but residual_divergence of v and the prediction."""
+    A given v = x_1 - x_0 takes the place of g's velocity in u's target: noisy, with the right mean.
+    residual: -div v is residual_divergence's of that v and the predicted u, and g is not asked."""
     prediction = f(x, t, t)
     if v is None:
         return prediction, g(x, t)
@@ -242,9 +254,9 @@ def eulerian(f, g, x, t, s, v=None, paper=False):
 
     f(x,t,s) = g(x,t) + (s-t) d/dt f(x_t,t,s),   d/dt = jvp on (x,t) with tangents (v, 1)
 
-    A given v = x_1 - x_0 replaces g's velocity in u's target, as in the tangent condition; if paper
-    in the tangents too, where its variance swamps D's target. [ours]: there it is g's velocity, as
-    in "improved MeanFlow" (arXiv 2512.02012) for u."""
+    A given v = x_1 - x_0 takes the place of g's velocity in u's target, as in `tangent`.
+    If paper it is the jvp's tangent too, where its variance swamps D's target; [ours] there is g's
+    velocity, as "improved MeanFlow" (arXiv 2512.02012) has it for u."""
     _check_autocast(x)
     here = g(x, t)
     dx_dt = v if paper and v is not None else here[0]
@@ -273,8 +285,8 @@ def lagrangian(f, g, x, t, s, paper=False):
     f(x,t,s) = g(x_s,s) - (s-t) d/ds f(x,t,s)
 
     The gradient runs through d/ds u, as in the published LSD code, and [ours] through d/ds D.
-    [ours] Towards the noise x_s is where four jumps arrive, because one leaves out what it cannot
-    predict, and g at too clean a point teaches it to leave out more."""
+    [ours] x_s by four jumps in place of one towards the noise. A single long jump predicts a mean,
+    which has too little noise, and g at so clean a point teaches it to predict even less."""
     prediction, df_ds = _value_and_end_rate(lambda s: f(x, t, s), s)
     x_s = (x + _wide(s - t, x) * prediction[0]).detach()
     if paper:
@@ -282,7 +294,7 @@ def lagrangian(f, g, x, t, s, paper=False):
     else:
         with torch.no_grad():
             times = log_time(time_grid(4, x)[:, None], t, s)
-            x_s = torch.where(_wide(s < t, x), _travel(f, x, times)[0], x_s)
+            x_s = torch.where(_wide(s < t, x), _travel(f, x, times)[0], x_s)  # s < t: to noise
     return prediction, phi(g(x_s, s), t - s, df_ds)
 
 
@@ -318,26 +330,28 @@ def f2d2_loss(
       L_VM = E |u(x,t,t) - v|^2    L_div = E |D(x,t,t) + div v|^2    on a share of x1, the tangent's
       L_u = E |u - u_target|^2     L_D = E |D - D_target|^2          on the rest, by `condition`
 
-    |.|^2 is a mean over dimensions, and D stands for D/d. Without a head "div" and "D" are 0.
+    |.|^2 is a mean over dimensions, D stands for D/d, and each square has its weight of
+    natural_weights. Without a head "div" and "D" are 0.
 
-    flow       the joint map, or any callable (x, t, s) -> (u, D) or (u,); for the warm start of u
+    flow       the joint map, or any callable (x, t, s) -> (u, D) or (u,). For the warm start of u
                alone JointFlowMap(flow.backbone, flow.feature_dim, divergence_head=False)
     x1         data [B, ...]
     condition  "semigroup", "eulerian", "lagrangian"; None: L_VM and L_div alone, on all of x1
-    teacher    velocity(x, t), frozen and in eval(), whose v and div v are taught. None: v is
-               x_1 - x_0 in L_VM and in MeanFlow's L_u, elsewhere the flow's own u(x,t,t), detached
-    x0, t, s   noise like x1, times [B]. None: drawn, the times by sample_times
+    teacher    velocity(x, t), whose v and div v are taught; in eval(), frozen by
+               requires_grad_(False) and not by torch.no_grad inside. None: v is x_1 - x_0 in L_VM
+               and in MeanFlow's L_u, elsewhere the flow's own u(x,t,t), stop-gradient
+    x0, t, s   noise like x1, times [B], t and s or neither. None: drawn, the times by sample_times
     context    [B, ...], goes to flow(x, t, s, context) and teacher(x, t, context). None: to neither
-    diagonal   the share of x1 for the tangent condition
-    probe      of the divergence, see there; or [ours] "residual", residual_divergence, but not for
-               the Lagrangian condition, which asks for div v at x_s
+    diagonal   the share of x1 for the tangent condition, one example at least for either
+    probe      a name or a tensor as in divergence; or [ours] "residual" for residual_divergence,
+               but not with the Lagrangian condition, which asks for div v at x_s
     robust     [ours] Huber's loss of D, for targets without noise
-    paper      uniform times, t <= s but for LSD; no natural_weights; the conditions' paper=True.
-               Either way MeanFlow has its own weight on L_VM and L_u, without a teacher or if paper
+    paper      uniform times, t <= s but for LSD; the conditions' paper=True; no natural_weights.
+               MeanFlow's own weight on L_VM and L_u: whenever there is no teacher, or paper
     generator  of all draws. None: PyTorch's own
 
-    ValueError for what does not fit, and for autocast around anything but the residual probe with
-    the semigroup condition or None, where nothing but the loss is differentiated."""
+    ValueError for what does not fit, and under autocast. With the residual probe and the semigroup
+    condition or None nothing but the loss is differentiated, and autocast may be around it."""
     known = ("semigroup", "eulerian", "lagrangian", None)
     _require(condition in known, f"unknown condition {condition}: use one of {known}.")
     _require(0 <= diagonal <= 1, f"diagonal is a share of the batch, from 0 to 1, not {diagonal}.")
@@ -457,7 +471,8 @@ def log_likelihood(flow, x1, steps, mirror=False, context=None):
     log p_1(x1) = log N(x_{t_K}; 0, I) + sum_k (t_k - t_{k+1}) D(x_{t_k},t_k,t_{k+1})
 
     mirror: the paper's approximation for maps trained forward only, u(x,t,t-h) ~ u(x,t,t+h) and D
-    alike (target time 2t - s): biased even for exact maps. Raises ValueError without a head."""
+    alike (target time 2t - s): biased even for exact maps. steps: how many, or the times. Raises
+    ValueError without a head."""
     y = _travel(flow, x1, time_grid(steps, x1).flip(0), context, mirror)
     _require(len(y) == 2, NO_HEAD)
     return normal_log_density(y[0]) - y[1]
@@ -476,7 +491,7 @@ def _travel(flow, x, times, context=None, mirror=False):
 
 def self_guidance(flow, x0, lr=0.005, iterations=1, context=None):
     """Moves x0 [B, ...] to a likelier start by Adam on -log N(x0; 0, I) - D(x0,0,1). One step in
-    the paper; lr is [ours]. Raises ValueError without a head."""
+    the paper, which moves every coordinate by lr; lr is [ours]. ValueError without a head."""
     _check(x0)
     with torch.inference_mode(False), torch.enable_grad():
         x0 = x0.detach().clone().requires_grad_()
@@ -552,13 +567,13 @@ def time_grid(steps, x, geometric=False):
 
 
 # --------------------------------------------------------------------------- [ours]
-DELTA = 0.003  # added to 1 - t: the noise in a grey level, 2/256 wide, has std 0.0023
+DELTA = 0.003  # added to 1 - t; noise over a grey level, 2/256 wide, has std 0.0023
 
 
 def sample_times(x, log_share=0.5, forward=False, generator=None):
     """t, s [B] like x, uniform; forward: t <= s, the paper's for Shortcut and MeanFlow. [ours] Both
-    directions, because a likelihood runs from t = 1 to 0, and a share of pairs with 1 - t + DELTA
-    and 1 - s + DELTA log-uniform, because most of an image's likelihood is near the data."""
+    directions, because a likelihood runs from t = 1 to 0. And in a share of the pairs 1 - t + DELTA
+    and 1 - s + DELTA are log-uniform, because most of an image's likelihood is near the data."""
     r = x.new_empty(3, len(x)).uniform_(generator=generator)
     times = torch.where(r[2] < log_share, log_time(r[:2], 1, 0), r[:2])
     if forward:
@@ -575,7 +590,8 @@ def log_time(share, t, s):
 def time_features(t, s, paper=False):
     """t, s [B] -> [B, 10], smooth through s = t; [B, 8], without the logs [ours], if paper:
 
-    t, s-t, sin and cos of (pi t, 2 pi t, pi (s-t)), 1 + ln(1-t + DELTA)/3, 1 + ln(1-s + DELTA)/3"""
+    t, s-t, sin and cos of (pi t, 2 pi t, pi (s-t)), 1 + ln(1-t + DELTA)/3, 1 + ln(1-s + DELTA)/3,
+    |1-s| for s > 1, of which the mirrored likelihood makes use"""
     angles = math.pi * torch.stack([t, 2 * t, s - t], 1)
     left = (1 - torch.stack([t, s], 1)).abs() + DELTA  # the mirrored likelihood asks for s > 1
     logs = 1 + left.log() / 3
@@ -598,17 +614,18 @@ def gaussian_rates(t, s, variances):
 
 
 def natural_weights(condition, t, s, teacher, paper=False):
-    """[ours] Weights [B] of the squared residuals of u, with a teacher, and of D/d; 1 if paper.
+    """[ours] Weights [B] of the squared residuals of u and of D/d. 1 if paper; 1 for u without a
+    teacher.
 
-    About 1/target^2: towards the data D/d grows as 1/scale, and a derivative as 1/near besides.
-    The root in LSD's weight of u, where x_s is a jump and not a given state, is measured."""
+    About 1/target^2: towards the data D/d grows as 1/scale, and a derivative as 1/near besides. Or
+    a lower power of near/scale where that did as well; the root, for LSD's u, is measured."""
     if paper:
         return 1.0, 1.0
     near_t = 1 - t + DELTA
     near_s = 1 - s + DELTA
     scale = torch.maximum(near_t, near_s)
     weight_u, weight_D = {
-        "tangent": (1.0, near_t**2),  # here s = t
+        "tangent": (1.0, near_t**2),  # whatever s is
         "semigroup": (1.0, scale**2),
         "eulerian": (near_t / scale, near_t * scale),
         "lagrangian": ((near_s / scale) ** 0.5, near_s**2),
@@ -618,13 +635,13 @@ def natural_weights(condition, t, s, teacher, paper=False):
 
 # --------------------------------------------------------------------------- units
 def dequantize(x_uint8, noise=None, generator=None):
-    """Bytes (or ValueError) -> (x + U) / 128 - 1 in [-1, 1), U uniform on [0, 1) or `noise`."""
+    """uint8, or ValueError -> (x + U) / 128 - 1 in [-1, 1), float32. U: uniform on [0, 1) in steps
+    of 1/65536, or `noise`, like x and in [0, 1)."""
     _require(getattr(x_uint8, "dtype", None) == torch.uint8, "dequantize takes uint8 images.")
     if noise is None:
         noise = torch.rand(x_uint8.shape, device=x_uint8.device, generator=generator)
-    noise = (
-        noise.float() * 65536
-    ).floor() / 65536  # 8 + 16 bits fit a float32: 255 + U never becomes 256
+    # 8 + 16 bits fit a float32: 255 + U never becomes 256.
+    noise = (noise.float() * 65536).floor() / 65536
     return (x_uint8 + noise) / 128 - 1
 
 
@@ -639,7 +656,7 @@ def normal_log_density(x):
 
 
 def _dot(a, b):
-    """Inner products of a and b [B, ...], an example each: [B]."""
+    """The inner product of each example's a and b [B, ...]: [B]."""
     return (a * b).reshape(a.shape[0], -1).sum(1)
 
 
@@ -674,7 +691,7 @@ def _check_finite(x, what):
 
 
 def _require_all(true, sentence):
-    """_require of a tensor, where its values are free to see: on the CPU, but not compiling."""
+    """_require of a tensor where looking at values costs nothing: on the CPU, but not compiling."""
     if true.is_cpu and not torch.compiler.is_compiling():
         with suppress(RuntimeError):  # of vmap and fake tensors
             _require(true.all(), sentence)
