@@ -139,6 +139,7 @@ def train(name, net, args, target, teacher=None):
     blur = 0.05 if teacher and not args.paper else 0.0
     steps = max(1, args.steps // 3) if name == "flow" else args.steps
 
+    # Muon for the matrices of full width, Adam for the rest.
     matrices = [p for p in net.parameters() if p.numel() >= WIDTH**2]
     momenta = [torch.zeros_like(p) for p in matrices]
     adam = torch.optim.Adam(set(net.parameters()) - set(matrices))
@@ -150,7 +151,7 @@ def train(name, net, args, target, teacher=None):
         std = blur * 8 ** torch.rand(BATCH, 1)
         x1 = (x1 + std * torch.randn(BATCH, 2)).to(args.device)
 
-        # L_F2D2 = L_VM + L_u + L_div + L_D.
+        # L_F2D2 = L_VM + L_u + L_div + L_D. MeanFlow does better without log times.
         if name == "meanflow" and not args.paper:
             options["t"], options["s"] = f2d2.sample_times(x1, 0.0)
         losses = f2d2.f2d2_loss(net, x1, condition, teacher, **options)
@@ -186,7 +187,8 @@ def histogram(x, n, limit):
 
 def sample_kl(target, x):
     """KL(true || samples), nats, over 40 x 40 cells of [-4, 4]^2, half a count added to each."""
-    p = target.log_prob(grid(400, 4)).exp().double().reshape(40, 10, 40, 10).mean((1, 3)) * 0.2**2
+    p = target.log_prob(grid(400, 4)).exp().double()
+    p = p.reshape(40, 10, 40, 10).mean((1, 3)) * 0.2**2  # 10 x 10 points a cell of side 0.2
     q = (histogram(x, 40, 4) + 0.5) / (len(x) + 800)
     return torch.xlogy(p, p / q).sum().item()
 
@@ -225,17 +227,19 @@ def evaluate(target, flow, own, velocity, mirror, device):
     pictures = {"data": (target.sample(N_SAMPLES), target.log_prob(grid(N_GRID, 5)))}
     ode = f2d2.ode_log_likelihood
 
+    # The oracle: midpoint steps of the ODE.
     oracle, slow, log_p_grid = likelihood(target, x, ode, velocity, ORACLE_STEPS)
     samples = torch.cat([f2d2.ode_sample(velocity, part, ORACLE_STEPS // 2) for part in parts])
     oracle["sample_kl"] = sample_kl(target, samples)
     pictures[f"ODE, {ORACLE_STEPS}-{2 * ORACLE_STEPS} NFE"] = samples, log_p_grid
 
+    # Few steps: of Euler's rule, and of the flow map.
     rows = {}
     for k in STEP_COUNTS:
         row = {}
         euler, _, log_p_grid = likelihood(target, x, ode, own, k, "exact", True)
         x1, log_p_x1 = f2d2.sample(flow, x0[:1000], k)
-        if log_p_x1 is not None:
+        if log_p_x1 is not None:  # there is a head
             row, log_p, log_p_grid = likelihood(target, x, f2d2.log_likelihood, flow, k, mirror)
             row["mae_oracle"] = mean((log_p - slow).abs())
             slow_x1 = ode(velocity, x1.nan_to_num(), ORACLE_STEPS)
