@@ -90,7 +90,7 @@ OPTIONS = {
     "dataset": (
         "cifar10",
         {},
-        "cifar10 (the default), imagenet64, celeba64, in data/; or a folder",
+        "cifar10 (the default), imagenet64, celeba64 or a folder",
     ),
     "method": ("meanflow", {"choices": RECIPES}, "default meanflow; flow: a teacher"),
     "teacher": (None, {}, "CKPT that gives v and div v, and the oracle; read when a run starts"),
@@ -101,7 +101,7 @@ OPTIONS = {
     "out": (None, {}, "default below runs/image/, or eval/ or sample/ beside CKPT"),
     "device": (DEVICE, {"choices": (DEVICE, "cpu")}, f"default here {DEVICE}"),
     "image_size": (None, between(4, 1024), "pixels a side, for a folder; default 32"),
-    "colours": (3, {"type": int, "choices": (1, 3)}, "1 reads images as grey; default 3"),
+    "colours": (3, {"type": int, "choices": (1, 3)}, "1 for grey images; default 3"),
     "channels": (128, COUNT, "of the U-Net; default 128"),
     "blocks": (4, COUNT, "residual blocks a level; default 4"),
     "dropout": (None, RATE, "probability; default the method's"),
@@ -356,8 +356,10 @@ def load_data(args, split, share=EVERY):
         try:
             images = named_images(args.dataset, split, share)
         except Exception as error:  # whatever half a download may raise
-            where = "cs.toronto.edu/~kriz, image-net.org or mmlab.ie.cuhk.edu.hk/projects/CelebA"
-            PARSER.error(f"{args.dataset} is not in data/ ({error}): see {where}.")
+            PARSER.error(
+                f"{args.dataset} is not in data/ ({error}): see cs.toronto.edu/~kriz, "
+                "image-net.org or mmlab.ie.cuhk.edu.hk/projects/CelebA."
+            )
         names = range(len(images))
     else:
         folder = Path(args.dataset, split)
@@ -373,7 +375,7 @@ def load_data(args, split, share=EVERY):
 # --------------------------------------------------------------------------- files
 def save(path, content):
     """Makes of content a file of path's kind, whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder, path.name)
         try:
             if path.suffix == ".pt":
@@ -494,7 +496,7 @@ def train(args, source):
     began = time.monotonic()
     for step in range(args.first + 1, args.steps + 1):
         # A function of (seed, step, process), so that a run that goes on sees the same.
-        torch.manual_seed((args.seed << 40) + (step << 12) + args.rank)
+        torch.manual_seed(hash((args.seed, step, args.rank)))
         flow.zero_grad()
         for _ in range(args.pieces):
             f = flow if step > args.warmup else headless
@@ -564,7 +566,10 @@ def frechet_distance(a, b):
 
 def fid(args, flow):
     """{steps: FID against the training images}."""
-    inception = torch.jit.load(args.fid_network, args.device).eval()
+    try:
+        inception = torch.jit.load(args.fid_network, args.device).eval()
+    except RuntimeError as error:
+        PARSER.error(f"{args.fid_network} is no TorchScript network ({error!r:.99}).")
     images, _ = load_data(args, "train")
     print(f"FID against {len(images)} images; fewer than 2,048 say little, and one nothing")
 
@@ -601,8 +606,8 @@ def evaluate(args, source, data):
     runs = x[some].repeat(ORACLE_RUNS, 1, 1, 1)
     oracle = chunked(args, runs, f2d2.ode_log_likelihood, velocity, ORACLE_STEPS, args.probe)
     oracle = f2d2.bits_per_dim(oracle.reshape(ORACLE_RUNS, -1).mean(0), d)
-    x0 = chunked(args, x[some], x0_of, velocity)
-    rows = {"oracle": {"bpd": oracle.mean(), "energy": (x0**2).mean()}}
+    energy = (chunked(args, x[some], x0_of, velocity) ** 2).mean()
+    rows = {}
     columns = {"oracle": np.full(len(x), np.nan)}
     columns["oracle"][some] = oracle
     for k in STEP_COUNTS:
@@ -629,22 +634,23 @@ def evaluate(args, source, data):
         "dataset": args.dataset,
         "guidance": args.guidance,
         "images": len(x),
-        "oracle_images": len(some),
-        "oracle": whose,
+        "oracle": {"of": whose, "images": len(some), "bpd": oracle.mean(), "energy": energy},
         "steps": rows,
         "step": source["step"],
         "config": source["config"],
     }
     save(args.out / "metrics.json", about)
 
-    print(f"\n{args.dataset}: {len(x)} images, step {source['step']}; oracle: {whose}")
+    print(
+        f"\n{args.dataset}: {len(x)} images, step {source['step']}, oracle: {whose}\n"
+        f" oracle bpd {oracle.mean():.3f}  energy {energy:.3f}"
+    )
     for k, row in rows.items():
         print(f"{k:>7}", *(f"{name} {value:.3f} " for name, value in row.items()))
 
 
-def write_samples(args, source):
+def write_samples(args, flow):
     """--sample N: N images as PNG, and samples.csv with log p of each in nats."""
-    flow = frozen(source, args.device)
     k = STEP_COUNTS[0]
     rows = [["image", "log_likelihood", "sample"]]
     for x0 in progress("samples", noise(args, args.sample).split(args.micro_batch)):
@@ -683,8 +689,8 @@ def parse(argv):
     keys = (*RUN, "dataset") if args.eval or goes_on else SHAPE
     saved = {key: source["config"][key] for key in keys if source}
 
-    recipe = RECIPES[saved.get("method", args.method)]
-    args = argparse.Namespace(**defaults | recipe | saved | typed)
+    method = saved.get("method", args.method)
+    args = argparse.Namespace(**defaults | RECIPES[method] | saved | typed)
     args.out = out
     args.first = source["step"] if goes_on else 0
     args.probe = "rademacher" if args.paper else "dct"
@@ -692,8 +698,7 @@ def parse(argv):
     args.mirror = args.paper and args.condition in ("semigroup", "eulerian")  # taught forward
     if args.warmup is None:
         args.warmup = 0 if args.init else int(args.warm_share * args.steps)
-    args.rank = 0
-    args.world = 1
+    args.rank, args.world = 0, 1
     if distributed.is_torchelastic_launched():
         args.rank = int(os.environ["RANK"])
         args.world = int(os.environ["WORLD_SIZE"])
@@ -709,7 +714,7 @@ def parse(argv):
 def check(args):
     """Refuses what cannot work, before anything is read or written."""
     size = SIZES.get(args.dataset, args.image_size)
-    fits = size == args.image_size and size % 4 == 0
+    fits = args.image_size == size and not size % 4
     require(fits, f"--image-size {args.image_size} is no multiple of 4, or not {args.dataset}'s.")
     fresh = not any(args.out.glob("*.[cjp]*"))  # csv, json, png or pt
     require(args.first or fresh, f"{args.out} holds files already: name another --out.")
@@ -717,7 +722,7 @@ def check(args):
         return
 
     unit = args.world * args.pieces  # processes times pieces
-    require(args.batch_size % unit == 0, f"--batch-size or --micro-batch: no multiple of {unit}.")
+    require(args.batch_size % unit == 0, f"--batch-size must be a multiple of {unit} here.")
     require(args.warmup < args.steps, "--warmup must be below --steps.")
     taught = args.first or args.teacher or args.method != "shortcut-distill"
     require(taught, "shortcut-distill needs --teacher CKPT, a latest.pt of --method flow.")
@@ -729,7 +734,9 @@ def main(argv=None):
     try:
         run(args, source)
     except KeyboardInterrupt:
-        PARSER.exit(130, f"stopped: the same command goes on from what {args.out} holds.\n")
+        PARSER.exit(
+            130, f"stopped: {args.out} keeps what is saved, and training goes on from it.\n"
+        )
     except (OSError, ValueError) as error:
         PARSER.error(str(error).replace("\n", " "))
     except RuntimeError as error:
@@ -753,7 +760,7 @@ def run(args, source):
     if not args.eval:
         source = train(args, source)
     if args.sample and args.rank == 0:
-        write_samples(args, source)
+        write_samples(args, frozen(source, args.device))
     elif args.rank == 0:
         evaluate(args, source, data)
 
