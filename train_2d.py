@@ -259,7 +259,7 @@ def draw_figure(pictures):
         density = log_p.exp().cpu().reshape(N_GRID, N_GRID)
         share = histogram(samples, N_GRID, 5) / len(samples)
         columns.append(torch.cat([density, share * (N_GRID / 10) ** 2], 1))
-    p = torch.cat(columns).T.flip(0) / columns[0].max()
+    p = torch.cat(columns).T.flip(0) / (1.3 * columns[0][:, :N_GRID].max())
     grey = Image.fromarray((255 * p.clip(0, 1)).byte().numpy())
     figure = ImageOps.colorize(grey, "#0d0832", "#fcffa4", "#bb3754")
 
