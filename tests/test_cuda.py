@@ -34,11 +34,11 @@ BACKBONES = ["mlp", "unet"]
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="needs CUDA or Apple's GPU")
 
 
-def pair(backbone, dtype=DTYPE, **options):
+def pair(backbone, dtype=DTYPE, dropout=0.0):
     """One network with random weights, on the CPU and on the accelerator."""
     torch.manual_seed(0)
     if backbone == "unet":
-        net = UNet(16, 8, blocks=1, **options)
+        net = UNet(16, 3, 8, 1, False, dropout)
     else:
         net = MLP(2, 16, 2)
     flow = JointFlowMap(net, net.feature_dim).to(dtype)
@@ -143,52 +143,37 @@ def test_train_2d_runs_and_measures_the_same_again(tmp_path, monkeypatch, option
 
 
 # ------------------------------------------------------------------------------- train_image.py
-SMALL = "--image-size 8 --channels 8 --blocks 1 --batch-size 4 --warmup 1 --oracle-images 4".split()
+SMALL = "--image-size 8 --channels 8 --blocks 1 --batch-size 4 --warmup 1 --oracle-images 4"
 
 
-@pytest.fixture
-def photos(tmp_path):
-    """Forty images of 8x8 pixels."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
+@pytest.mark.parametrize("options", ["shortcut", "meanflow", "lsd"])
+def test_train_image_trains_goes_on_measures_and_samples(tmp_path, options):
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (40, 8, 8, 3), generator=generator, dtype=torch.uint8)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image.numpy()).save(folder / f"{i}.png")
-    return folder
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        pixels = torch.randint(0, 256, (20, 8, 8, 3), generator=generator, dtype=torch.uint8)
+        for i, image in enumerate(pixels):
+            Image.fromarray(image.numpy()).save(tmp_path / split / f"{i}.png")
 
-
-def image_command(photos, out, *options):
-    command = ["--dataset", str(photos), "--device", DEVICE, "--out", str(out), *SMALL]
-    return [*command, *options]
-
-
-@pytest.mark.parametrize("method", ["shortcut", "meanflow", "lsd"])
-def test_train_image_trains_and_measures(tmp_path, photos, method):
     out = tmp_path / "run"
-    train_image.main(image_command(photos, out, "--method", method, "--steps", "3"))
+    command = f"{SMALL} --dataset {tmp_path} --device {DEVICE} --out {out} --method {options}"
+    for steps in "34":
+        train_image.main([*command.split(), "--steps", steps])
     metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["step"] == 4 and math.isfinite(metrics["oracle"]["energy"])
     assert all(math.isfinite(row["bpd"]) for row in metrics["steps"].values())
+    train_image.main(f"--eval {out}/latest.pt --sample 2 --device {DEVICE}".split())
+    assert (out / "sample/samples.csv").exists()
 
 
-def test_train_image_goes_on_from_its_checkpoint(tmp_path, photos):
-    out = tmp_path / "run"
-    for steps in ("3", "4"):
-        train_image.main(image_command(photos, out, "--method", "lsd", "--steps", steps))
-    assert json.loads((out / "metrics.json").read_text())["step"] == 4
-
-
-def test_an_image_batch_is_a_function_of_seed_and_step_on_the_device():
-    data = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
-
-    def draw(seed, step):
-        config = dict(seed=seed, batch_size=8, device=DEVICE, paper=False)
-        args = argparse.Namespace(**train_image.RECIPES["lsd"] | config)
-        return train_image.draw(data, args, step, 0, 1)
-
-    first = draw(0, 1)
-    assert all(a.device.type == DEVICE for a in first)
-    torch.rand(5, device=DEVICE)
-    assert all(torch.equal(a, b) for a, b in zip(draw(0, 1), first))
-    for other in (draw(0, 2), draw(1, 1)):
-        assert not any(torch.equal(a, b) for a, b in zip(other, first))
+def test_an_image_batch_is_made_on_the_device_and_repeats():
+    images = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
+    choices = dict(batch_size=8, world=1, pieces=1, device=DEVICE, paper=True)
+    args = argparse.Namespace(**train_image.RECIPES["meanflow"] | choices)
+    batches = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        batches.append(train_image.draw(images, args))
+    for name, first in batches[0].items():
+        assert first.device.type == DEVICE
+        assert torch.equal(first, batches[1][name]) and not torch.equal(first, batches[2][name])

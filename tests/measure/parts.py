@@ -1,6 +1,6 @@
 """Where a student's error of log p comes from: python tests/measure/parts.py FOLDER CKPT...
 
-FOLDER: the images; CKPT: students of one teacher, which is where it was. On 64 test images, in
+FOLDER: the images; CKPT: students of one teacher, which the first holds. On 64 test images, in
 bits/dim, mean (mean absolute value) over images; positive: the part makes bits/dim too high.
 
   D, short pieces     D over the oracle's 64 steps, against exact divergences there
@@ -9,6 +9,7 @@ bits/dim, mean (mean absolute value) over images; positive: the part makes bits/
   x_0                 log N(x_0) where the student arrives, against the oracle's x_0
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def path_of(flow, x, times):
     points = [x]
     total = 0
     for pair in zip(times[:-1], times[1:]):
-        x, gained = f2d2._travel(flow, x, pair)
+        x, gained = f2d2._travel(flow, x, torch.stack(pair))
         points.append(x)
         total = total + gained
     return points, total
@@ -44,10 +45,9 @@ def jumps(flow, points, times):
 @torch.no_grad()
 def main(folder, *paths):
     students = [train_image.load(path) for path in paths]
-    config = students[0]["config"]
-    velocity = train_image.load(config["teacher"])["network"].velocity
-    shape = config["image_size"], config["colours"]
-    images = train_image.load_data(folder, Path("data"), *shape, False)["test"][0]
+    velocity = train_image.frozen(students[0]["teacher"], "cpu").velocity
+    config = argparse.Namespace(**students[0]["config"] | {"dataset": folder, "eval": True})
+    images, _ = train_image.load_data(config, "test")
     x = f2d2.dequantize(images, generator=torch.Generator().manual_seed(0))
     x1 = x[torch.linspace(0, len(x) - 1, N).long()]
 
@@ -57,7 +57,7 @@ def main(folder, *paths):
 
     # The oracle's path, and the teacher's at the stops of 8, 4, 2, 1 jumps.
     times = f2d2.time_grid(train_image.ORACLE_STEPS, x1, True).flip(0)
-    points, gained = path_of(f2d2._small_step(velocity, False, "exact"), x1, times)
+    points, gained = path_of(f2d2._small_step(velocity, x1, False, "exact"), x1, times)
     oracle = f2d2.normal_log_density(points[-1]) - gained
     dct = f2d2.ode_log_likelihood(velocity, x1, train_image.ORACLE_STEPS, "dct")
     print(
@@ -70,13 +70,13 @@ def main(folder, *paths):
         for t, s in zip(grid[:-1], grid[1:]):  # finer near the data, as the oracle's grid
             share = torch.linspace(0, 1, 33)
             fine = 1.01 - (1.01 - t) ** (1 - share) * (1.01 - s) ** share
-            small = f2d2._small_step(velocity, False)
+            small = f2d2._small_step(velocity, x1, False)
             stops[k].append(f2d2._travel(small, stops[k][-1], fine.clamp(0, 1))[0])
 
     titles = "student, steps", "D, short pieces", "D, long jumps", "D, off the path", "x_0", "all"
     print("|", " | ".join([*titles, "correlation"]), "|\n" + "| --- " * 7 + "|")
     for student in students:
-        flow = student["network"]
+        flow = train_image.frozen(student, "cpu")
         short = jumps(flow, points, times)
         for k, grid in grids.items():
             long = jumps(flow, stops[k], grid)

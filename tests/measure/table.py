@@ -21,8 +21,10 @@ COLUMNS = {
     "euler_nll": "Euler NLL",
     "seconds": "seconds for 10,000 log p",
 }
+ORACLE_COLUMNS = {"bpd": "oracle", "energy": "energy"}  # of train_image.py
 IMAGE_COLUMNS = {
     "bpd": "bits/dim",
+    "bpd_oracle": "bits/dim of the oracle's images",
     "gap": "gap to the oracle",
     "mae_oracle": "error per image",
     "corr": "correlation",
@@ -61,9 +63,8 @@ def print_header(titles):
 
 def name_of(run):
     if "config" in run:  # of train_image.py
-        return (
-            f"{run['config']['method']}, {'teacher' if run['config']['teacher'] else 'from data'}"
-        )
+        taught = "teacher" in run["oracle"]["of"]
+        return f"{run['config']['method']}, {'teacher' if taught else 'from data'}"
     name = f"{run['target']}, {run['method']}"
     if run.get("no_teacher") and run["method"] in ("meanflow", "lsd"):
         name += " from data"
@@ -107,9 +108,11 @@ def several_systems(systems):
 
 
 def image_systems(systems):
-    print_header(["(seeds)", "oracle", *IMAGE_COLUMNS.values()])
+    print_header(["(seeds)", *ORACLE_COLUMNS.values(), *IMAGE_COLUMNS.values()])
     for name, runs in systems.items():
-        cells = [f"{name} ({len(runs)})", mean([run["oracle"]["bpd"] for run in runs])]
+        cells = [f"{name} ({len(runs)})"]
+        for key in ORACLE_COLUMNS:
+            cells.append(mean([run["oracle"][key] for run in runs]))
         for key in IMAGE_COLUMNS:
             columns = [[run["steps"][k].get(key) for run in runs] for k in runs[0]["steps"]]
             means = [mean(values) for values in columns]
