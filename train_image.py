@@ -47,7 +47,7 @@ TABLE = {                # the method's own code, but for what is marked [ours]
     "diagonal":    (1.0,      0.5,         0.25,       0.5),
     "clip":        (0.01,     0.01,        math.inf,   1.0),
     "half_life":   (50e6,     50e6,        7.1e6,      1.8e6),  # images in the average
-    "decay_after": (math.inf, math.inf,    math.inf,   35_000),  # steps, then 1/sqrt
+    "decay_after": (math.inf, math.inf,    math.inf,   35_000)   # steps, then 1/sqrt
 }
 # fmt: on
 RECIPES = {}
@@ -87,11 +87,7 @@ if torch.accelerator.is_available():
 
 # Name: default (None: the method's, the checkpoint's or nothing), what it may be, help.
 OPTIONS = {
-    "dataset": (
-        "cifar10",
-        {},
-        "cifar10 (the default), imagenet64, celeba64 or a folder",
-    ),
+    "dataset": ("cifar10", {}, "cifar10 (the default), imagenet64, celeba64 or a folder"),
     "method": ("meanflow", {"choices": RECIPES}, "default meanflow; flow: a teacher"),
     "teacher": (None, {}, "CKPT that gives v and div v, and the oracle; read when a run starts"),
     "init": (None, {}, "CKPT with weights to start from; default the teacher's"),
@@ -734,9 +730,7 @@ def main(argv=None):
     try:
         run(args, source)
     except KeyboardInterrupt:
-        PARSER.exit(
-            130, f"stopped: {args.out} keeps what is saved, and training goes on from it.\n"
-        )
+        PARSER.exit(130, f"stopped: training goes on by the same command from {args.out}.\n")
     except (OSError, ValueError) as error:
         PARSER.error(str(error).replace("\n", " "))
     except RuntimeError as error:
