@@ -66,19 +66,6 @@ def without_seconds(metrics):
     return [dict(row, seconds=0) for row in (metrics["oracle"], *metrics["steps"].values())]
 
 
-# --------------------------------------------------------------------------- network, optimizer
-@pytest.mark.parametrize("paper", [False, True])
-def test_the_mlp_sees_x_its_waves_and_the_times(paper):
-    net = MLP(3, 16, 2, paper)
-    x = torch.randn(5, 3)
-    t, s = torch.rand(2, 5)
-    waves = [torch.sin(x), torch.cos(x), torch.sin(2 * x), torch.cos(2 * x)]
-    seen = torch.cat([x, *waves, f2d2.time_features(t, s, paper)], 1)
-    first, silu, second, _ = net.body
-    features = silu(second(silu(first(seen))))
-    torch.testing.assert_close(net(x, t, s), (net.out(features), features))
-
-
 def test_two_steps_of_muon_by_hand():
     """On diagonals, of 3 x 2 matrices, every singular value is a number of its own."""
 
@@ -229,23 +216,6 @@ def test_the_number_in_a_title_is_that_of_the_network_s_evaluations(draws):
     assert calls.count("oracle") == 60 + (2 + 4) * 120
 
 
-def test_the_euler_column_is_euler_s_rule_with_the_network_s_own_velocity(draws):
-    """v(x,t) = m + a (x - t m), div v = 2 a, with a = sigma'/sigma: from t = 1 down."""
-    metrics, _ = evaluate(student)
-    for k in (8, 4, 2, 1):
-        x, _ = draws
-        integral = 0.0
-        for step in range(k):
-            t = 1 - step / k
-            a = (STUDENT.std**2 * t - (1 - t)) / ((1 - t) ** 2 + STUDENT.std**2 * t**2)
-            x = x - (STUDENT.mean + a * (x - t * STUDENT.mean)) / k
-            integral += 2 * a / k
-        log_p = Normal(0.0, 1.0).log_prob(x) - integral
-        assert metrics["steps"][str(k)]["euler_nll"] == pytest.approx(
-            -log_p.mean().item(), abs=1e-4
-        )
-
-
 def test_seconds_are_for_ten_thousand_log_p(monkeypatch):
     """A clock that says one second for each measurement, of 64 of them."""
     clock = iter(range(1000))
@@ -268,15 +238,6 @@ def test_a_map_without_a_head_has_samples_and_euler_s_log_p():
         assert set(row) == ALWAYS
     own = f2d2.ode_log_likelihood(STUDENT.velocity, train_2d.grid(10, 5), 8, euler=True)
     torch.testing.assert_close(pictures["8 NFE"][1], own)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_no_number_is_none_and_a_dash(bad, capsys):
-    metrics, _ = evaluate(lambda x, t, s: (bad * x, bad * t))
-    assert all(row["nll"] is None for row in metrics["steps"].values())
-    train_2d.print_table({**metrics, "target": "", "method": "", "seed": 0, "seconds": 0})
-    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    assert lines[3:] == [[k, "-"] for k in "8421"]
 
 
 def test_the_figure_has_titles_y_upwards_samples_above_and_densities_below(monkeypatch):
