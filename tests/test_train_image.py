@@ -551,7 +551,7 @@ def test_gradients_are_averaged_over_the_processes(monkeypatch):
 
 
 # ------------------------------------------------------------------------------- pieces
-def test_pieces_end_with_the_weights_of_the_whole(tmp_path, photos, monkeypatch):
+def test_pieces_end_with_the_weights_of_the_whole(tmp_path, photos, monkeypatch, capsys):
     """Of the same draws, which otherwise each piece makes for itself."""
     x1, x0 = noise(2, 8, 3, 8, 8).float()
     t, s = times(8, dtype=torch.float32)
@@ -568,6 +568,8 @@ def test_pieces_end_with_the_weights_of_the_whole(tmp_path, photos, monkeypatch)
         options = f"--method flow --batch-size 8 --micro-batch {size}"
         run(tmp_path / str(size), photos, options, steps=2)
         assert [len(call["x1"]) for call in calls] == 16 // min(size, 8) * [min(size, 8)]
+    norms = [float(norm) for norm in re.findall(r"grad (\S+)", capsys.readouterr().out)]
+    assert norms[:2] == pytest.approx(norms[2:], rel=1e-3)  # before they are clipped
     whole, cut = checkpoint(tmp_path / "128"), checkpoint(tmp_path / "2")
     assert_same_weights(whole, cut, rtol=1e-5, atol=1e-6)
 
