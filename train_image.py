@@ -41,11 +41,11 @@ TABLE = {                # the method's own code, but for what is marked [ours]
     "lr":          (1e-4,     1e-4,        6e-4,       1e-4),
     "batch_size":  (512,      512,         1024,       256),
     "steps":       (586_000,  645_000,     800_000,    800_000),  # [ours] lsd
-    "warm_share":  (0.0,      10 / 11,     0.5,        0.5),  # [ours] meanflow, lsd
+    "warm_share":  (0.0,      10 / 11,     0.5,        0.5),  # of u alone. [ours] meanflow, lsd
     "dropout":     (0.13,     0.13,        0.2,        0.0),
     "flip":        (0.0,      0.0,         0.5,        0.5),  # [ours] lsd
-    "diagonal":    (1.0,      0.5,         0.25,       0.5),
-    "clip":        (0.01,     0.01,        math.inf,   1.0),
+    "diagonal":    (1.0,      0.5,         0.25,       0.5),  # share of a batch where s = t
+    "clip":        (0.01,     0.01,        math.inf,   1.0),  # norm of the gradient
     "half_life":   (50e6,     50e6,        7.1e6,      1.8e6),  # images in the average
     "decay_after": (math.inf, math.inf,    math.inf,   35_000)   # steps, then 1/sqrt
 }
@@ -53,7 +53,7 @@ TABLE = {                # the method's own code, but for what is marked [ours]
 RECIPES = {}
 for i, method in enumerate(TABLE["method"]):
     RECIPES[method] = {name: row[i] for name, row in TABLE.items()}
-RECIPES["shortcut-distill"] = RECIPES["shortcut"]  # which needs a teacher
+RECIPES["shortcut-distill"] = RECIPES["shortcut"]  # the same with a teacher, the paper's
 
 SIZES = {"cifar10": 32, "imagenet64": 64, "celeba64": 64}
 STEP_COUNTS = (8, 4, 2, 1)
@@ -409,6 +409,8 @@ def load(path):
 
 
 # --------------------------------------------------------------------------- training
+# To the options and the row of TABLE `parse` adds: first, steps that are done; pieces, of a batch
+# in a process; rank and world, of processes; head; probe; mirror, of the likelihood.
 def prepare(args, source):
     """What to train: as `source` left it if the run goes on, else from its averaged weights."""
     torch.manual_seed(args.seed)
@@ -431,7 +433,7 @@ def draw(images, args):
     flip = torch.rand(n) < args.flip
     batch[flip] = batch[flip].flip(3)
     batch = {"x1": f2d2.dequantize(batch.to(args.device))}
-    if args.paper and args.method == "meanflow":  # 1 - t is logit-normal(-2, 2)
+    if args.paper and args.method == "meanflow":  # 1 - t is logit-normal(-2, 2), so t is (2, 2)
         logits = 2 + 2 * torch.randn(2, n, device=args.device)
         batch["t"], batch["s"] = torch.sigmoid(logits).sort(0).values
     return batch
@@ -452,7 +454,10 @@ def update(args, step, flow, ema, optimizer):
     norm = nn.utils.clip_grad_norm_(flow.parameters(), args.clip)
     optimizer.step()
 
-    half_life = min(args.half_life, 0.05 * step * args.batch_size)  # in images
+    # The average remembers half_life images, or a twentieth of those seen, if that is less. It
+    # starts again with the head, whose first weights would be a quarter of shortcut's average.
+    seen = step - args.warmup * (step > args.warmup)
+    half_life = min(args.half_life, 0.05 * seen * args.batch_size)
     new = 1 - 0.5 ** (args.batch_size / half_life)
     for average, p in zip(ema.parameters(), flow.parameters()):
         average.lerp_(p.detach(), new)
@@ -483,7 +488,7 @@ def train(args, source):
 
     images, _ = load_data(args, "train", slice(args.rank, None, args.world))
     loss = torch.compile(f2d2.f2d2_loss) if args.compile else f2d2.f2d2_loss
-    headless = f2d2.JointFlowMap(flow.backbone, flow.feature_dim, divergence_head=False)
+    headless = f2d2.JointFlowMap(flow.backbone, flow.feature_dim, False)  # same weights
     velocity = teacher and frozen(teacher, args.device).velocity
     how = {key: vars(args)[key] for key in ("condition", "diagonal", "probe", "paper")}
 
@@ -528,15 +533,15 @@ def few_steps(args, flow, x0, k):
 
 
 def noise(args, n):
-    shape = (n, args.colours, args.image_size, args.image_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
+    """x0 [n, colours, H, H], on the CPU: the same for every device."""
+    g = torch.Generator().manual_seed(args.seed)
+    return torch.randn(n, args.colours, args.image_size, args.image_size, generator=g)
 
 
 def sheet(args, flow):
     """Images of the same noise, a row for each number of steps."""
     x0 = noise(args, 8).to(args.device)
-    rows = [few_steps(args, flow, x0, k)[0] for k in STEP_COUNTS]
-    return to_bytes(torch.cat(rows))
+    return to_bytes(torch.cat([few_steps(args, flow, x0, k)[0] for k in STEP_COUNTS]))
 
 
 def chunked(args, x, function, model, *options):
@@ -578,8 +583,7 @@ def fid(args, flow):
     x0 = noise(args, FID_SAMPLES)
     distances = {}
     for k in STEP_COUNTS:
-        made = chunked(args, x0, features, flow, k)
-        distances[k] = frechet_distance(real, made)
+        distances[k] = frechet_distance(real, chunked(args, x0, features, flow, k))
     return distances
 
 
@@ -609,8 +613,7 @@ def evaluate(args, source, data):
     for k in STEP_COUNTS:
         rows[k] = {"fid": distances[k]} if distances else {}
         if args.head:
-            log_p = chunked(args, x, f2d2.log_likelihood, flow, k, args.mirror)
-            bpd = f2d2.bits_per_dim(log_p, d)
+            bpd = f2d2.bits_per_dim(chunked(args, x, f2d2.log_likelihood, flow, k, args.mirror), d)
             columns[f"{k} steps"] = bpd
             error = bpd[some] - oracle
             rows[k] |= {
@@ -685,13 +688,17 @@ def parse(argv):
     keys = (*RUN, "dataset") if args.eval or goes_on else SHAPE
     saved = {key: source["config"][key] for key in keys if source}
 
-    method = saved.get("method", args.method)
-    args = argparse.Namespace(**defaults | RECIPES[method] | saved | typed)
+    args = argparse.Namespace(
+        **defaults | RECIPES[saved.get("method", args.method)] | saved | typed
+    )
     args.out = out
     args.first = source["step"] if goes_on else 0
     args.probe = "rademacher" if args.paper else "dct"
     args.image_size = args.image_size or SIZES.get(args.dataset, 32)
-    args.mirror = args.paper and args.condition in ("semigroup", "eulerian")  # taught forward
+    args.mirror = args.paper and args.condition in (
+        "semigroup",
+        "eulerian",
+    )  # maps that know t <= s alone
     if args.warmup is None:
         args.warmup = 0 if args.init else int(args.warm_share * args.steps)
     args.rank, args.world = 0, 1
@@ -730,7 +737,7 @@ def main(argv=None):
     try:
         run(args, source)
     except KeyboardInterrupt:
-        PARSER.exit(130, f"stopped: training goes on by the same command from {args.out}.\n")
+        PARSER.exit(130, f"stopped: training goes on from {args.out} by the same command.\n")
     except (OSError, ValueError) as error:
         PARSER.error(str(error).replace("\n", " "))
     except RuntimeError as error:

@@ -26,7 +26,6 @@ from test_train_image import (
     TINY,
     UNet,
     call,
-    checkpoint,
     metrics_of,
     environment,
     no_loss,
@@ -440,23 +439,6 @@ def test_the_oracle_s_path_ends_where_the_exact_one_does(monkeypatch):
     torch.testing.assert_close(found, 2 * x1, rtol=1e-3, atol=1e-4)
 
 
-def test_the_table_is_that_of_log_p_csv(student, photos, tmp_path):
-    """Means, and errors against the oracle at the images where it was computed."""
-    metrics = evaluated(student, photos, tmp_path / "out")
-    _, rows = read_csv(tmp_path / "out/log_p.csv")
-    oracle, *fast = np.array([[float(v) for v in row[1:]] for row in rows]).T
-    there = ~np.isnan(oracle)
-    assert len(rows) == 5 and there.sum() == 3
-    assert metrics["oracle"]["bpd"] == pytest.approx(oracle[there].mean())
-    for bpd, row in zip(fast, metrics["steps"].values()):
-        error = (bpd - oracle)[there]
-        assert row["bpd"] == pytest.approx(bpd.mean())
-        assert row["bpd_oracle"] == pytest.approx(bpd[there].mean())
-        assert row["gap"] == pytest.approx(error.mean())
-        assert row["mae_oracle"] == pytest.approx(np.abs(error).mean())
-        assert row["corr"] == pytest.approx(np.corrcoef(bpd[there], oracle[there])[0, 1])
-
-
 @pytest.mark.parametrize(
     "method, paper", [("shortcut", True), ("meanflow", True), ("lsd", True), ("lsd", False)]
 )
@@ -505,18 +487,6 @@ def test_a_picture_shows_the_likeliest_and_the_unlikeliest_in_order(still, tmp_p
     assert grid[6::10, 6::10].flatten().tolist() == order[:32] + order[-32:]
 
 
-def test_an_image_s_figure_does_not_hang_on_those_after_it_nor_on_the_pieces(student, tmp_path):
-    """The noise of its bytes is its own, so two folders that begin alike can be compared."""
-    flat(tmp_path / "a", [10, 20, 30])
-    flat(tmp_path / "b", [10, 20])
-    found = []
-    for name in "ab":
-        evaluated(student, tmp_path / name, tmp_path / f"out-{name}", "--micro-batch 2")
-        found.append(read_csv(tmp_path / f"out-{name}/log_p.csv")[1])
-    for row, other in zip(*found):
-        assert [float(v) for v in row[2:]] == pytest.approx([float(v) for v in other[2:]])
-
-
 def no_constant(name):
     raise AssertionError(f"{name} is no JSON")
 
@@ -536,18 +506,6 @@ def test_a_map_without_a_head_has_samples_and_its_oracle(tmp_path, photos, capsy
     path = tmp_path / "run/latest.pt"
     for options in ("--sample 2", f"--guidance 0.1 --dataset {photos}"):
         assert "head" in stopped(capsys, 2, CPU, f"--eval {path} --out {tmp_path}/out", options)
-
-
-def test_a_run_on_grey_images_samples_grey_ones(tmp_path):
-    for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-        for i, image in enumerate(picture(4, 8, 8)):
-            Image.fromarray(image).save(tmp_path / split / f"{i}.png")
-    run(tmp_path / "run", tmp_path, "--method lsd --colours 1")
-    path = tmp_path / "run/latest.pt"
-    assert checkpoint(path.parent)["flow"]["backbone.first.weight"].shape == (4, 64 + 10)
-    sampled(path, tmp_path / "samples")
-    assert evaluated(path, tmp_path / "samples", tmp_path / "out")["images"] == 3
 
 
 def test_a_file_name_that_is_no_utf_8_is_written_as_it_is(student, tmp_path):
@@ -705,20 +663,6 @@ def test_samples_need_the_checkpoint_alone_and_come_with_their_log_p(
     expected = torch.stack([f2d2.log_likelihood(flow, x1, 8), own], 1)
     torch.testing.assert_close(values, expected)
     assert (expected[:, 0] - expected[:, 1]).abs().max() > 1e-4
-
-
-def test_samples_are_seeded_guided_and_the_same_in_pieces(student, tmp_path):
-    found = {}
-    for name, options in (
-        ("first", ""),
-        ("again", "--micro-batch 2"),
-        ("other", f"--seed {10**7}"),
-        ("guided", "--guidance 0.5"),
-    ):
-        found[name] = sampled(student, tmp_path / name, options)[1]
-    assert torch.equal(found["first"], found["again"])
-    assert not torch.equal(found["first"], found["other"])
-    assert not torch.equal(found["first"], found["guided"])
 
 
 @pytest.mark.parametrize("name", ["00000.png", "samples.csv"])

@@ -231,45 +231,6 @@ def random_block(attention):
     return block
 
 
-def test_attention_is_torch_s():
-    block = random_block(True)
-    plain = random_block(False)
-    plain.load_state_dict(block.state_dict(), strict=False)
-    x = noise(2, 4, 3, 3)
-    embedding = noise(2, 4)
-    h = plain(x, embedding)
-    q, k, v = (a.transpose(1, 2) for a in block.qkv(h).flatten(2).chunk(3, 1))
-    out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
-    torch.testing.assert_close(block(x, embedding), h + block.merge(out))
-
-
-def test_features_hear_the_bottleneck_and_the_last_layer_and_its_size():
-    flow = unet()
-    t, s = times(2)
-    features = flow.backbone(noise(2, 3, 8, 8), t, s)[1]
-    for part, hears_the_end in zip(features.chunk(3, 1), (False, True, True)):
-        weights = [
-            flow.backbone.middle[1].modulate.weight,
-            flow.backbone.up[-1].modulate.weight,
-        ]
-        slopes = torch.autograd.grad(part.sum(), weights, allow_unused=True, retain_graph=True)
-        assert slopes[0].abs().max() > 0
-        assert (slopes[1] is not None and slopes[1].abs().max() > 0) == hears_the_end
-
-
-def test_the_head_sees_how_large_an_image_is():
-    """A fresh U-Net is its skips, linear in x: ten times the image, ln 100 more in its size."""
-    torch.manual_seed(0)
-    backbone = UNet(8, 3, 16, 1, False, 0.0)
-    x = 100 * torch.randn(2, 3, 8, 8)
-    t = torch.rand(2)
-    size = backbone(x, t, t)[1][:, -32:]
-    larger = backbone(10 * x, t, t)[1][:, -32:]
-    torch.testing.assert_close(larger - size, torch.full((2, 32), math.log(100)), atol=0.1, rtol=0)
-    norms = [m for m in backbone.modules() if isinstance(m, nn.GroupNorm)]
-    assert all(m.num_channels // m.num_groups >= 4 for m in norms)
-
-
 def test_dropout_is_in_every_block():
     backbone = unet(dropout=0.3).backbone
     shares = [m.p for m in backbone.modules() if isinstance(m, nn.Dropout)]
@@ -447,6 +408,13 @@ def test_averaged_weights_remember_a_twentieth_of_the_images_seen_up_to_the_publ
             torch.testing.assert_close(state["ema"][name], newest * weight, rtol=1e-3, atol=0)
 
 
+def test_the_average_starts_again_with_the_head(tmp_path, photos):
+    run(tmp_path, photos, "--method shortcut --warmup 5", steps=6)
+    state = checkpoint(tmp_path)
+    for name, weight in state["flow"].items():
+        torch.testing.assert_close(state["ema"][name], weight, rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------- batches
 def batch_of(method, images, paper=False):
     choices = dict(batch_size=1000, world=1, pieces=1, device="cpu", paper=paper)
@@ -542,7 +510,7 @@ def test_gradients_are_averaged_over_the_processes(monkeypatch):
     other = torch.tensor([[3.0, -3.0]])
     reduced = lambda gradient: gradient.add_(other / 2)  # noqa: E731
     monkeypatch.setattr(train_image.distributed, "all_reduce", reduced)
-    args = dict(world=2, steps=40, lr=1.0, paper=False, batch_size=4)
+    args = dict(world=2, steps=40, lr=1.0, paper=False, batch_size=4, warmup=0)
     args = train_image.argparse.Namespace(**RECIPES["meanflow"] | args)
     optimizer = torch.optim.SGD(layer.parameters())
     ema = nn.Linear(2, 1, bias=False).requires_grad_(False)
