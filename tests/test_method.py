@@ -849,12 +849,6 @@ def test_dequantized_bytes_stay_in_range_and_come_back():
     assert fraction.var().item() == pytest.approx(1 / 12, abs=0.01)
 
 
-def test_the_normal_log_density_is_torch_s():
-    x = normal(3, 2, 5)
-    expected = torch.distributions.Normal(0, 1).log_prob(x).sum((1, 2))
-    torch.testing.assert_close(normal_log_density(x), expected)
-
-
 # ------------------------------------------------------------------------------- where it runs
 @pytest.mark.parametrize("shape", [(4, 1), (4, 2), (4, 3, 2, 2)])
 @pytest.mark.parametrize("condition", [None, *CONDITIONS])
