@@ -443,7 +443,7 @@ def _velocity_loss(prediction, target, weights, adaptive):
 def _divergence_loss(prediction, target, weights, robust):
     """E weight ((D - D_target) / d)^2; 0 without a head.
 
-    robust: linear where the weighted residual is beyond 0.06 (tuned), 4 times as large below."""
+    robust: 4 r^2 for weighted residuals r up to 0.06 (tuned), linear beyond."""
     if len(prediction) == 1:
         return prediction[0].new_zeros(())
     residual = weights[1] ** 0.5 * (prediction[1] - target[1]) / prediction[0][0].numel()
