@@ -88,9 +88,7 @@ class JointFlowMap(nn.Module):
         """x [B, ...], t and s [B] -> (u [B, ...], D [B] in nats per unit time); (u,) if no head.
 
         ValueError for inputs, or outputs of the backbone, that do not fit."""
-        _require(
-            s is not None, "a flow map takes two times, t and s: as a velocity pass its .velocity."
-        )
+        _require(s is not None, "a flow map takes two times: as a velocity, pass its .velocity.")
         _check(x)
         _check_times(t, x)
         _check_times(s, x, latest=2)  # beyond 1 only in the paper's mirrored likelihood
@@ -590,8 +588,7 @@ def log_time(share, t, s):
 def time_features(t, s, paper=False):
     """t, s [B] -> [B, 10], smooth through s = t; [B, 8], without the logs [ours], if paper:
 
-    t, s-t, sin and cos of (pi t, 2 pi t, pi (s-t)), 1 + ln(1-t + DELTA)/3, 1 + ln(1-s + DELTA)/3,
-    |1-s| for s > 1, of which the mirrored likelihood makes use"""
+    t, s-t, sin and cos of (pi t, 2 pi t, pi (s-t)), 1 + ln(1-t + DELTA)/3, 1 + ln(1-s + DELTA)/3"""
     angles = math.pi * torch.stack([t, 2 * t, s - t], 1)
     left = (1 - torch.stack([t, s], 1)).abs() + DELTA  # the mirrored likelihood asks for s > 1
     logs = 1 + left.log() / 3

@@ -454,8 +454,8 @@ def update(args, step, flow, ema, optimizer):
     norm = nn.utils.clip_grad_norm_(flow.parameters(), args.clip)
     optimizer.step()
 
-    # The average remembers half_life images, or a twentieth of those seen, if that is less. It
-    # starts again with the head, whose first weights would be a quarter of shortcut's average.
+    # The average remembers half_life images, or a twentieth of those seen, if that is less. [ours]
+    # It starts again with the head, whose first weights would be a quarter of shortcut's average.
     seen = step - args.warmup * (step > args.warmup)
     half_life = min(args.half_life, 0.05 * seen * args.batch_size)
     new = 1 - 0.5 ** (args.batch_size / half_life)

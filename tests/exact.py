@@ -119,13 +119,3 @@ class TinyBackbone(nn.Module):
         h = torch.cat([x.flatten(1), time_features(t, s, self.paper)], 1)
         features = self.second(self.first(h).tanh()).tanh()
         return self.out(features).reshape(x.shape), features
-
-
-def fix_weights(module):
-    """Weights without a random number: sines of their index, in double precision."""
-    module.double()
-    with torch.no_grad():
-        for i, p in enumerate(module.parameters()):
-            index = torch.arange(p.numel(), dtype=torch.float64).reshape(p.shape)
-            p.copy_(0.6 * torch.sin(1.7 * index + i))
-    return module

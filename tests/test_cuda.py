@@ -103,6 +103,18 @@ def test_every_draw_is_made_on_the_device_and_repeats(condition, probe):
     torch.testing.assert_close(runs[1], runs[0])
 
 
+def test_both_passes_of_the_eulerian_drop_the_same_units():
+    seen = []
+
+    def noisy(x, t, s):
+        seen.append(torch.rand(5, device=DEVICE))
+        return x * t[:, None], s
+
+    t, s = times(6, dtype=DTYPE).to(DEVICE)
+    f2d2.eulerian(noisy, lambda x, t: (x, t), points("mlp").to(DEVICE), t, s)
+    assert len(seen) == 2 and torch.equal(*seen)
+
+
 # ------------------------------------------------------------------------------- train_2d.py
 @pytest.mark.parametrize(
     "options",

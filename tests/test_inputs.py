@@ -1,5 +1,7 @@
 """The doors of f2d2.py: bad input gets one sentence, a ValueError, or the right value."""
 
+from math import inf, nan
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,6 @@ import f2d2
 from f2d2 import JointFlowMap, divergence, f2d2_loss, log_likelihood, sample, self_guidance
 
 CONDITIONS = [None, "semigroup", "eulerian", "lagrangian"]
-NAN = float("nan")
-INFINITY = float("inf")
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_x_is_a_floating_point_tensor_with_an_example(door):
 
 
 @pytest.mark.parametrize("door", WHOLE)
-@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+@pytest.mark.parametrize("value", [nan, inf, -inf])
 def test_data_with_nan_or_infinity_are_refused_whole(door, value):
     refused("NaN or infinity", WHOLE[door], with_value(X, value))
 
@@ -143,7 +143,7 @@ def test_times_are_tensors_like_x_one_per_example(door):
 
 
 @pytest.mark.parametrize("door", TIMED)
-@pytest.mark.parametrize("value", [-0.01, 1.01, NAN, INFINITY])
+@pytest.mark.parametrize("value", [-0.01, 1.01, nan, inf])
 def test_times_lie_between_0_and_1(door, value):
     t = with_value(T, value)
     if door == "velocity" and abs(value) < 2:  # an ODE solver may overshoot
@@ -161,10 +161,10 @@ def test_the_velocity_takes_one_time_for_all_as_solvers_give_it():
 
 
 BAD_STEPS = [
-    *[(steps, "whole number") for steps in (0, -1, 2.5, True, None, [0.0, 1.0], "4", NAN)],
+    *[(steps, "whole number") for steps in (0, -1, 2.5, True, None, [0.0, 1.0], "4", nan)],
     (torch.tensor(4), "whole number"),
     *[(torch.tensor(grid), "from 0 to 1") for grid in ([0, 0.5], [0.5, 1], [0, 0.5, 0.5, 1])],
-    *[(torch.tensor(grid), "from 0 to 1") for grid in ([1, 0.5], [0, NAN, 1], [0.0], [])],
+    *[(torch.tensor(grid), "from 0 to 1") for grid in ([1, 0.5], [0, nan, 1], [0.0], [])],
 ]
 
 
@@ -186,13 +186,13 @@ def test_whole_grids_are_taken_in_either_order_and_as_integers():
 # ------------------------------------------------------------------------------- the loss
 BAD_OPTIONS = [  # an option of f2d2_loss, a value, a word of the sentence
     *[("condition", name, "condition") for name in ("euler", "", 1, f2d2_loss)],
-    *[("diagonal", share, "share") for share in (-0.1, 1.5, NAN)],
+    *[("diagonal", share, "share") for share in (-0.1, 1.5, nan)],
     *[("x0", torch.zeros(shape), "x0") for shape in ((4, 1), (3, 2), (2,), (4, 2, 1))],
     ("x0", [[0.0, 1.0]] * 4, "x0"),
     ("x0", np.zeros((4, 2)), "x0"),
     ("x0", torch.zeros(4, 2).long(), "x0"),
     ("x0", X.double(), "dtype and device"),
-    ("x0", with_value(X, NAN), "NaN or infinity"),
+    ("x0", with_value(X, nan), "NaN or infinity"),
     *[("context", torch.zeros(length), "context") for length in (3, 5, 0)],
     *[("context", many, "one tensor") for many in ([T, T], (T,), {"label": T}, [0, 1, 2, 3])],
     *[("probe", name, "unknown probe") for name in ("gauss", "Exact", "", None, 3)],
@@ -333,7 +333,7 @@ def double_velocity(x, t):
 
 
 def nan_velocity(x, t):
-    return x * NAN
+    return x * nan
 
 
 BAD_TEACHERS = [(column_velocity, "shape"), (row_velocity, "shape")]

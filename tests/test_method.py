@@ -9,7 +9,6 @@ from exact import (
     ExactGaussian,
     TinyBackbone,
     field,
-    fix_weights,
     times,
     wide,
 )
@@ -54,10 +53,12 @@ def small_flow(shape=(2,), head=True, paper=False):
     return flow
 
 
-def linear_layers(flow):
-    """The first and the last layer of the divergence head."""
-    layers = [m for m in flow.head.modules() if isinstance(m, nn.Linear)]
-    return layers[0], layers[-1]
+def draws():
+    """x0, x1 and eps [6, 3], t and s [6] with both ends of time and with s = t."""
+    x0, x1, eps = normal(3, 6, 3)
+    t = torch.tensor([0.0, 0.4, 0.99, 0.2, 1.0, 0.7], dtype=torch.float64)
+    s = torch.tensor([0.5, 0.9, 0.1, 0.8, 0.0, 0.7], dtype=torch.float64)
+    return x0, x1, eps.sign(), t, s
 
 
 def teach(x, t):
@@ -148,30 +149,14 @@ def test_mirrored_likelihood_reproduces_the_known_bias():
     assert mirrored == pytest.approx([-1.990, -1.399, -0.832, -0.582], abs=5e-4)
 
 
-# ------------------------------------------------------------------------------- fixed numbers
-def fixed_inputs():
-    i = torch.arange(18, dtype=torch.float64).reshape(6, 3)
-    x0 = 1.5 * torch.sin(2.3 * i)
-    x1 = torch.cos(1.9 * i)
-    eps = torch.sign(torch.sin(5.3 * i + 1))
-    t = torch.tensor([0.0, 0.4, 0.99, 0.2, 1.0, 0.7], dtype=torch.float64)
-    s = torch.tensor([0.5, 0.9, 0.1, 0.8, 0.0, 0.7], dtype=torch.float64)
-    return x0, x1, eps, t, s
-
-
-def fixed_flow(head=True, paper=False):
-    return fix_weights(JointFlowMap(TinyBackbone(3, 8, paper), 8, head, paper))
-
-
 # ------------------------------------------------------------------------------- the joint flow map
-VARIANCES = [10 ** (2 * (math.log10(0.002) + k / 11 * math.log10(4 / 0.002))) for k in range(12)]
 
 
 @pytest.mark.parametrize("std", [0.002, 4.0])
 def test_one_weight_alone_makes_D_exact_for_data_of_that_spread(std):
     """Sign, scale and direction of the baseline, with no formula of f2d2.py in the test."""
     flow = JointFlowMap(TinyBackbone(6, 8), 8).double()
-    _, last = linear_layers(flow)
+    last = flow.head[-1]
     last.bias.data[1 if std < 1 else -1] = 1e3
     x = normal(9, 2, 3)
     t, s = times(9)
@@ -181,9 +166,9 @@ def test_one_weight_alone_makes_D_exact_for_data_of_that_spread(std):
 
 def test_the_head_starts_from_spreads_around_one_and_without_x():
     flow = JointFlowMap(TinyBackbone(2, 8), 8).double()
-    _, last = linear_layers(flow)
+    last = flow.head[-1]
     assert (last.weight == 0).all() and last.bias[0] == 0
-    log_std = torch.tensor(VARIANCES).log().double() / 2
+    log_std = torch.linspace(math.log(0.002), math.log(4), 12, dtype=torch.float64)
     torch.testing.assert_close(last.bias[1:], -(log_std**2) / 8, rtol=1e-5, atol=1e-6)
     t, s = times(5)
     D = flow(normal(5, 2), t, s)[1]
@@ -192,7 +177,7 @@ def test_the_head_starts_from_spreads_around_one_and_without_x():
 
 def test_the_paper_s_head_is_two_layers_and_no_baseline():
     flow = small_flow(paper=True)
-    first, last = linear_layers(flow)
+    first, last = flow.head[0], flow.head[-1]
     assert (first.in_features, last.out_features) == (16 + 8, 1)
     x = normal(6, 2)
     t, s = times(6)
@@ -435,9 +420,9 @@ def test_gradients_reach_both_heads_and_stop_at_the_teacher(condition, teacher):
 @pytest.mark.parametrize("teacher", [None, teach], ids=["no teacher", "teacher"])
 @pytest.mark.parametrize("paper", [False, True], ids=["ours", "paper"])
 def test_the_warm_start_trains_the_velocity_alone_and_as_with_a_head(condition, teacher, paper):
-    x0, x1, eps, t, s = fixed_inputs()
+    x0, x1, eps, t, s = draws()
     options = dict(x0=x0, t=t, s=s, probe=eps, paper=paper)
-    flow = fixed_flow(paper=paper)
+    flow = small_flow((3,), paper=paper)
     joint = f2d2_loss(flow, x1, condition, teacher, **options)
     without_head = JointFlowMap(flow.backbone, flow.feature_dim, False, paper)
     for warm in (without_head, lambda *xts: flow(*xts)[:1]):
@@ -450,6 +435,13 @@ def test_the_warm_start_trains_the_velocity_alone_and_as_with_a_head(condition, 
 def squares(prediction, target, d=2):
     """Squared residuals [B] of u, a mean over dimensions, and of D per dimension."""
     return (prediction[0] - target[0]).square().mean(1), ((prediction[1] - target[1]) / d).square()
+
+
+def interpolants(n):
+    """x0, x1 [n, 2], t, s [n] and x_t = (1-t) x0 + t x1."""
+    x0, x1 = normal(2, n, 2)
+    t, s = times(n)
+    return x0, x1, t, s, wide(1 - t, x0) * x0 + wide(t, x0) * x1
 
 
 def residuals(flow, condition, teacher, x, v, t, s, n, paper=False):
@@ -485,10 +477,7 @@ def natural_weight_of_D(condition, t, s):
 @pytest.mark.parametrize("teacher", [None, teach], ids=["no teacher", "teacher"])
 def test_the_four_losses_are_naturally_weighted_squares_of_the_given_draws(condition, teacher):
     flow = small_flow()
-    x1 = normal(8, 2)
-    x0 = normal(8, 2)
-    t, s = times(8)
-    x = wide(1 - t, x0) * x0 + wide(t, x0) * x1
+    x0, x1, t, s, x = interpolants(8)
     n = 2  # a quarter
     r = residuals(flow, condition, teacher, x, x1 - x0, t, s, n)
 
@@ -520,10 +509,7 @@ def test_the_four_losses_are_naturally_weighted_squares_of_the_given_draws(condi
 @pytest.mark.parametrize("teacher", [None, teach], ids=["no teacher", "teacher"])
 def test_the_paper_s_losses_have_meanflow_s_weight_or_none(condition, teacher):
     flow = small_flow(paper=True)
-    x1 = normal(8, 2)
-    x0 = normal(8, 2)
-    t, s = times(8)
-    x = wide(1 - t, x0) * x0 + wide(t, x0) * x1
+    x0, x1, t, s, x = interpolants(8)
     options = dict(x0=x0, t=t, s=s, probe="exact", paper=True)
     found = f2d2_loss(flow, x1, condition, teacher, **options)
     r = residuals(flow, condition, teacher, x, x1 - x0, t, s, 4, paper=True)
@@ -542,10 +528,7 @@ def test_robust_is_torch_s_huber_loss_of_the_weighted_residual_of_D(condition):
         u, D = exact(x, t, s)
         return u, D + x.sum(1) / 5
 
-    x1 = normal(64, 2)
-    x0 = normal(64, 2)
-    t, s = times(64)
-    x = wide(1 - t, x0) * x0 + wide(t, x0) * x1
+    x0, x1, t, s, x = interpolants(64)
     r = residuals(flow, condition, exact.velocity, x, x1 - x0, t, s, 32)
     tangent = natural_weight_of_D("tangent", t, s)[:32]
     weight = torch.cat([tangent, natural_weight_of_D(condition, t, s)[32:]])
@@ -884,8 +867,8 @@ def compiled(function):
 
 @pytest.mark.parametrize("condition", [None, *CONDITIONS])
 def test_a_step_compiles_to_one_graph_with_the_eager_gradients(condition):
-    x0, x1, eps, t, s = fixed_inputs()
-    flow = fixed_flow()
+    x0, x1, eps, t, s = draws()
+    flow = small_flow((3,))
     teacher = None if condition == "semigroup" else teach
 
     def step(x1, x0, t, s, eps):
@@ -901,8 +884,8 @@ def test_a_step_compiles_to_one_graph_with_the_eager_gradients(condition):
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_a_joint_step_compiles_after_a_warm_start(condition):
-    x0, x1, eps, t, s = fixed_inputs()
-    flow = fixed_flow()
+    x0, x1, eps, t, s = draws()
+    flow = small_flow((3,))
     warm = JointFlowMap(flow.backbone, flow.feature_dim, divergence_head=False)
     loss = compiled(f2d2_loss)
     for f in (warm, flow):
@@ -970,8 +953,8 @@ def test_a_likelihood_runs_under_vmap():
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_inference_gives_the_same_numbers_without_gradients(mode):
-    x0, x1, eps, _, _ = fixed_inputs()
-    flow = fixed_flow()
+    x0, x1, eps, t, s = draws()
+    flow = small_flow((3,))
 
     def everything():
         return [
@@ -981,7 +964,7 @@ def test_inference_gives_the_same_numbers_without_gradients(mode):
             ode_sample(flow.velocity, x0, 3),
             ode_log_likelihood(flow.velocity, x1, 3),
             ode_log_likelihood(flow.velocity, x1, 3, eps),
-            *f2d2_loss(flow, x1, None, x0=x0, t=x1[:, 0].abs(), s=x1[:, 1].abs()).values(),
+            *f2d2_loss(flow, x1, None, x0=x0, t=t, s=s).values(),
         ]
 
     expected = everything()

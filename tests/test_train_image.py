@@ -231,6 +231,18 @@ def random_block(attention):
     return block
 
 
+def test_attention_is_torch_s():
+    block = random_block(True)
+    plain = random_block(False)
+    plain.load_state_dict(block.state_dict(), strict=False)
+    x = noise(2, 4, 3, 3)
+    embedding = noise(2, 4)
+    h = plain(x, embedding)
+    q, k, v = (a.transpose(1, 2) for a in block.qkv(h).flatten(2).chunk(3, 1))
+    out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
+    torch.testing.assert_close(block(x, embedding), h + block.merge(out))
+
+
 def test_dropout_is_in_every_block():
     backbone = unet(dropout=0.3).backbone
     shares = [m.p for m in backbone.modules() if isinstance(m, nn.Dropout)]
