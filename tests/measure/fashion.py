@@ -1,7 +1,8 @@
-"""Fashion-MNIST as a folder of PNGs: python tests/measure/fashion.py FOLDER [DATA]
+"""Fashion-MNIST as a folder of PNGs: python tests/measure/fashion.py FOLDER [DATA [TESTS]]
 
 DATA: where torchvision's copy is or goes (default data). 60,000 grey images of 28x28 for train/,
-the first 2,000 of the test split for test/; train_image.py resizes them.
+the first TESTS of the 10,000 of the test split for test/ (default 2,000); train_image.py resizes
+them.
 """
 
 import sys
@@ -10,8 +11,8 @@ from pathlib import Path
 from torchvision.datasets import FashionMNIST
 
 
-def main(folder, data="data"):
-    for split, train, count in (("train", True, 60_000), ("test", False, 2_000)):
+def main(folder, data="data", tests=2_000):
+    for split, train, count in (("train", True, 60_000), ("test", False, int(tests))):
         target = Path(folder) / split
         target.mkdir(parents=True, exist_ok=True)
         images = FashionMNIST(data, train, download=True)
